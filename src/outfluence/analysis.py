@@ -1,0 +1,116 @@
+"""From a store to answers: open it, find the strongest influences, judge a ranking. numpy and xarray only."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from outfluence.errors import DataError
+from outfluence.store import Store
+
+
+def open_influences(path: str | os.PathLike[str]) -> xr.Dataset:
+    """Open a store; nothing is read until it is used.
+
+    ``xarray.open_zarr(path)`` does nearly the same: this adds the factors and a warning where results are missing.
+
+    Args:
+        path: folder of the store.
+
+    Returns:
+        As far as the store has them: ``scores (test, train, ...)``, ``self_influences (train,)``,
+        ``factors (test, parameter)``.
+
+    Raises:
+        StoreError: if there is no store.
+
+    Warns:
+        UserWarning: if the run is not finished; what is missing is NaN.
+    """
+    store = Store(path)
+    dataset: xr.Dataset = xr.open_zarr(store.path)
+    if "factors" in store.group:
+        dataset["factors"] = xr.open_zarr(store.path, group="factors")["values"]
+    if not store.is_complete:
+        done = ", ".join(f"{n} of {total} tasks of {stage!r}" for stage, (n, total) in store.progress().items())
+        warnings.warn(
+            f"{path} is not finished ({done} are done): what is missing is NaN. Run the same job again to go on.",
+            stacklevel=2,
+        )
+    return dataset
+
+
+def top_k(scores: xr.Dataset | xr.DataArray | str | os.PathLike[str], k: int, *, largest: bool = True) -> xr.Dataset:
+    """The training samples with the highest (or lowest) scores for each test sample.
+
+    Reads the matrix once, a chunk at a time. Of equal scores the lower index comes first; NaN comes last.
+
+    Args:
+        scores: a store's path, a dataset with ``scores``, or the scores ``(test, train)`` themselves.
+        k: how many.
+        largest: the highest, which help the test sample; else the lowest, which harm it.
+
+    Returns:
+        ``scores`` and ``train``, both ``(test, rank)``, the strongest first; ``train`` holds the ``train`` coordinates.
+
+    Raises:
+        DataError: if k is not between 1 and the number of training samples, or scores have more axes.
+    """
+    if isinstance(scores, (str, os.PathLike)):
+        scores = open_influences(scores)
+    array = scores["scores"] if isinstance(scores, xr.Dataset) else scores
+    if array.dims != ("test", "train"):
+        raise DataError(f"top_k takes scores (test, train), not {array.dims}; reduce the other axes first")
+    if not 1 <= k <= array.sizes["train"]:
+        raise DataError(f"k must be between 1 and the {array.sizes['train']} training samples, not {k}")
+    labels = array["train"].values if "train" in array.coords else np.arange(array.sizes["train"])
+    chunks = dict(zip(array.dims, array.chunks, strict=True)) if array.chunks else {d: (n,) for d, n in array.sizes.items()}
+    best = []
+    for rows in _slices(chunks["test"]):
+        values = np.empty((rows.stop - rows.start, 0), array.dtype)
+        index = np.empty(values.shape, np.int64)
+        for columns in _slices(chunks["train"]):
+            block = array[rows, columns].values
+            values = np.concatenate([values, block], axis=1)
+            index = np.concatenate([index, np.broadcast_to(np.arange(columns.start, columns.stop), block.shape)], axis=1)
+            # Stable, and earlier columns stand first: of equal scores the lower index stays.
+            order = np.argsort(-values if largest else values, axis=1, kind="stable")[:, :k]
+            values, index = np.take_along_axis(values, order, 1), np.take_along_axis(index, order, 1)
+        best.append((values, labels[index]))
+    dims = ("test", "rank")
+    variables: dict[str, Any] = {
+        "scores": (dims, np.concatenate([values for values, _ in best])),
+        "train": (dims, np.concatenate([index for _, index in best])),
+    }
+    coords = {"test": array["test"]} if "test" in array.coords else {}
+    return xr.Dataset(variables, coords=coords)
+
+
+def detection_curve(scores: Any, is_wrong: Any) -> np.ndarray:
+    """How many of the wrong samples are among those with the highest scores.
+
+    Args:
+        scores: ``(n,)``, self-influences say.
+        is_wrong: ``(n,)``, true where a sample is wrong.
+
+    Returns:
+        ``(n,)``: entry i is the share of all wrong samples among the i + 1 highest scores.
+    """
+    order = np.argsort(-np.asarray(scores), kind="stable")
+    found = np.cumsum(np.asarray(is_wrong, dtype=bool)[order])
+    return np.asarray(found / max(int(found[-1]), 1))
+
+
+def precision_at(k: int, scores: Any, is_wrong: Any) -> float:
+    """The share of wrong samples among the k with the highest scores; see `detection_curve`."""
+    order = np.argsort(-np.asarray(scores), kind="stable")[:k]
+    return float(np.asarray(is_wrong, dtype=bool)[order].mean())
+
+
+def _slices(sizes: tuple[int, ...]) -> list[slice]:
+    stops = np.cumsum(sizes).tolist()
+    return [slice(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]

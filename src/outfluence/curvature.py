@@ -1,0 +1,104 @@
+"""Second-order matrices of a block of parameters, as means over the samples of a data set.
+
+The loop over data, weighted by samples, is written once; a matrix is the few lines that multiply one batch's sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad, vjp, vmap
+from torch.utils import _pytree
+from tqdm.auto import tqdm
+
+from outfluence.data import Batch, Data
+from outfluence.layers import sum_of_losses
+from outfluence.modes import SecondOrderMode
+from outfluence.problem import Problem
+
+#: Samples at a time where the data has no opinion, and vectors at a time. Their product bounds the memory of a product.
+BATCH_SIZE = 256
+_VECTORS = 64
+
+#: Tensors by parameter name.
+Vector = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """The mean over samples of the Hessian, or of the Gauss-Newton matrix, of one block of parameters.
+
+    Hessian: second derivatives of the loss. Gauss-Newton: ``J^T H_L J`` with J the Jacobian of the model's output and
+    H_L the Hessian of the loss with respect to the output (Schraudolph 2002), positive semi-definite for convex losses.
+
+    Args:
+        problem: model and loss.
+        data: the samples of the mean.
+        block: the block of parameters; P is the number of its parameters.
+        mode: which matrix.
+        progress: show a bar over the data.
+    """
+
+    problem: Problem
+    data: Data
+    block: str
+    mode: SecondOrderMode = SecondOrderMode.HESSIAN
+    progress: bool = False
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """The matrix times vectors: ``(P, k)`` to ``(P, k)``, in one pass over the data."""
+        names = self.problem.blocks[self.block]
+        product = {SecondOrderMode.HESSIAN: _hessian, SecondOrderMode.GAUSS_NEWTON: _gauss_newton}[self.mode]
+        rows = vectors.T.contiguous()
+        total = torch.zeros_like(rows)
+        size = self.data.batch_size or BATCH_SIZE
+        steps = tqdm(
+            self.data.batches(size),
+            f"{self.mode} of {self.block}",
+            total=-(-len(self.data) // size),
+            disable=not self.progress,
+        )
+        for batch in steps:
+            multiply = product(self.problem, names, Batch(*map(self.problem.on_device, batch)))
+            for start in range(0, len(rows), _VECTORS):
+                part = slice(start, start + _VECTORS)
+                total[part] += self.problem.flatten(vmap(multiply)(self.problem.unflatten(rows[part], names)), names)
+        return total.T / len(self.data)
+
+    def dense(self) -> Tensor:
+        """The matrix, ``(P, P)``, symmetric."""
+        section = self.problem.sections[self.block]
+        eye = torch.eye(section.stop - section.start, dtype=self.problem.dtype, device=self.problem.device)
+        matrix = self.matmat(eye)
+        return (matrix + matrix.T) / 2
+
+
+def _hessian(problem: Problem, names: tuple[str, ...], batch: Batch) -> Callable[[Vector], Vector]:
+    parameters = problem.parameters
+
+    def total(block: Vector) -> Tensor:
+        return problem.sum_loss(parameters | block, *batch)
+
+    # One backward pass is built; each vector then costs one more, backward through it.
+    pull = vjp(grad(total), {name: parameters[name] for name in names})[1]
+    return lambda vector: pull(vector)[0]  # type: ignore[no-any-return]
+
+
+def _gauss_newton(problem: Problem, names: tuple[str, ...], batch: Batch) -> Callable[[Vector], Vector]:
+    parameters = problem.parameters
+
+    def output(block: Vector) -> Any:
+        return problem.output(parameters | block, batch.x)
+
+    def loss(z: Any) -> Tensor:
+        return sum_of_losses(problem, z, batch.y)
+
+    z, pull = vjp(output, {name: parameters[name] for name in names})
+    # J v by transposing u -> J^T u, which needs no forward-mode derivative of the model.
+    push = vjp(lambda u: pull(u)[0], _pytree.tree_map(torch.zeros_like, z))[1]
+    second = vjp(grad(loss), z)[1]
+    return lambda vector: pull(second(push(vector)[0])[0])[0]  # type: ignore[no-any-return]

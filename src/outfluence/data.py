@@ -1,0 +1,443 @@
+"""`Data`: samples that can be read by range, any number of times, anywhere.
+
+Influence needs the same samples again and again: to fit, for gradients, on other machines, after a crash. So a
+`Data` is a handle with random access, not an iterator. It is made from a DataLoader, a Dataset or arrays, and it
+pickles as a recipe: what lives only in memory must be stored first (`Data.stored`), which the calculators do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import cloudpickle
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
+from torch.utils.data import default_collate as torch_collate
+
+from outfluence.errors import DataError
+
+#: A tensor, or a tuple or dict of such; None where there are no labels.
+Tree = Any
+#: What `Data.of` understands: a `Data`, a DataLoader, a map-style Dataset, or a pair of arrays ``(x, y)``.
+DataLike = Any
+
+_RECIPE_LIMIT = 1 << 20  # bytes: what pickles smaller is a recipe, not data
+_READ_BYTES = 32 << 20  # bytes read at a time where a whole data set is walked
+
+
+class Batch(NamedTuple):
+    """Some consecutive samples: inputs and labels, first axis samples."""
+
+    x: Tree
+    y: Tree
+
+
+class _Source(Protocol):
+    """Where rows come from. Pickles small if and only if ``portable``."""
+
+    @property
+    def portable(self) -> bool: ...
+    def __len__(self) -> int: ...
+    def read(self, start: int, stop: int) -> Batch: ...
+
+
+class Data:
+    """A handle on samples ``(x, y)``: ``len``, `rows`, `batches`, `fingerprint`.
+
+    Args:
+        source: where the rows come from; use the ``from_*`` constructors or `of`.
+        batch_size: how many samples the user thinks fit through the model at once; None: no opinion.
+        fingerprint: a text that identifies the content. By default the content is hashed, which costs one pass.
+            Give your own (a version, a checksum you keep) where reading everything once more is too slow.
+    """
+
+    def __init__(
+        self, source: _Source, *, batch_size: int | None = None, fingerprint: str | None = None
+    ) -> None:
+        if len(source) == 0:
+            raise DataError("the data has no samples")
+        self._source = source
+        self.batch_size = batch_size
+        self._fingerprint = fingerprint
+
+    @classmethod
+    def of(cls, data: DataLike) -> Data:
+        """Make a `Data` of whatever users hold: a `Data`, a DataLoader, a Dataset, or arrays ``(x, y)``.
+
+        Raises:
+            DataError: if it is none of these, or cannot be read by index.
+        """
+        if isinstance(data, Data):
+            return data
+        if isinstance(data, DataLoader):
+            return cls.from_loader(data)
+        if isinstance(data, Dataset):
+            return cls.from_dataset(data)
+        if isinstance(data, (tuple, list)) and len(data) == 2:
+            return cls.from_arrays(data[0], data[1])
+        raise DataError(
+            f"cannot read samples from a {type(data).__name__}; pass a DataLoader, a map-style Dataset, "
+            "or a pair of arrays (x, y)"
+        )
+
+    @classmethod
+    def from_arrays(cls, x: Tree, y: Tree = None, *, fingerprint: str | None = None) -> Data:
+        """Samples from arrays whose first axis counts samples.
+
+        Args:
+            x: inputs: a torch, numpy, zarr or dask array, a memory map, or a tuple or dict of them.
+            y: labels, likewise; None for losses that need none.
+            fingerprint: see `Data`.
+
+        Raises:
+            DataError: if lengths differ or an array holds no numbers.
+        """
+        return cls(_Arrays(_as_arrays(x, "x"), _as_arrays(y, "y")), fingerprint=fingerprint)
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: Dataset[Any],
+        *,
+        collate: Callable[[list[Any]], Any] = torch_collate,
+        batch_size: int | None = None,
+        fingerprint: str | None = None,
+    ) -> Data:
+        """Samples of a map-style Dataset whose items, collated, are pairs ``(x, y)``.
+
+        Raises:
+            DataError: if the dataset is iterable only, or gives a sample differently the second time.
+        """
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            raise DataError(
+                f"{type(dataset).__name__} can only be iterated, and may never end: influence needs samples by "
+                "index, again and again. Use a map-style Dataset (__getitem__ and __len__), or arrays."
+            )
+        source: _Source
+        if isinstance(dataset, TensorDataset) and collate is torch_collate and len(dataset.tensors) == 2:
+            source = _Arrays(*(_as_arrays(t, name) for t, name in zip(dataset.tensors, "xy", strict=True)))
+        else:
+            source = _Samples(dataset, collate, len(dataset))
+            _check_repeatable(source)
+        return cls(source, batch_size=batch_size, fingerprint=fingerprint)
+
+    @classmethod
+    def from_loader(cls, loader: DataLoader[Any]) -> Data:
+        """The samples of a DataLoader, in its order; its batch size is kept as a hint.
+
+        Raises:
+            DataError: if the loader shuffles, samples, or can only be iterated.
+        """
+        if isinstance(loader.dataset, IterableDataset):
+            return cls.from_dataset(loader.dataset)
+        sampler = loader.sampler if loader.batch_size is None else getattr(loader, "batch_sampler", None)
+        if type(sampler) is BatchSampler:
+            sampler = sampler.sampler
+        if type(sampler) is not SequentialSampler:
+            raise DataError(
+                f"the DataLoader draws its samples with {type(sampler).__name__}: scores could not be matched to "
+                "samples. Make it with shuffle=False and no sampler (choose samples with torch.utils.data.Subset)."
+            )
+        data = cls.from_dataset(loader.dataset, collate=_collate_of(loader), batch_size=loader.batch_size)
+        if loader.drop_last and loader.batch_size is not None and len(data) % loader.batch_size:
+            raise DataError(
+                f"the DataLoader drops its last {len(data) % loader.batch_size} samples (drop_last=True); "
+                "they would have no score. Make it with drop_last=False."
+            )
+        return data
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __repr__(self) -> str:
+        return f"Data({len(self):,} samples, {describe(self.rows(slice(0, 1)), batched=True)})"
+
+    def rows(self, index: slice) -> Batch:
+        """The samples of a slice (step 1), as tensors on the CPU."""
+        start, stop, step = index.indices(len(self))
+        if step != 1 or stop <= start:
+            raise DataError(f"rows takes a non-empty slice with step 1, not {index} of {len(self)} samples")
+        return self._source.read(start, stop)
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """All samples in order, ``size`` at a time; the last batch may be smaller.
+
+        A pass that runs to its end leaves the fingerprint behind, so that it need not read the data again.
+        """
+        hashes = _Hashes() if self._fingerprint is None else None
+        for start in range(0, len(self), size):
+            batch = self.rows(slice(start, start + size))
+            if hashes is not None:
+                hashes.update(batch)
+            yield batch
+        if hashes is not None:
+            self._fingerprint = hashes.digest()
+
+    @property
+    def fingerprint(self) -> str:
+        """A text that changes when any number, type or shape in the data changes. Costs one pass, once."""
+        if self._fingerprint is None:
+            for _ in self.batches(self._rows_per_read()):
+                pass
+        assert self._fingerprint is not None
+        return self._fingerprint
+
+    @property
+    def portable(self) -> bool:
+        """Whether this handle can be re-opened elsewhere: it holds no data, only where the data is."""
+        return self._source.portable
+
+    def stored(self, write: Callable[[str, int, Iterator[np.ndarray]], Any]) -> Data:
+        """A portable handle on the same samples, written out once.
+
+        Args:
+            write: called for each array with a name, the number of rows and an iterator over blocks of rows; gives
+                back an array that pickles as a recipe (a zarr array, say).
+
+        Returns:
+            This very handle if it is portable already, else one on what was written, with the same fingerprint.
+        """
+        if self.portable:
+            return self
+        fingerprint = self.fingerprint
+        step, total = self._rows_per_read(), len(self)
+
+        def blocks(part: int, leaf: int) -> Iterator[np.ndarray]:
+            for start in range(0, total, step):
+                yield to_numpy(tree_leaves(self.rows(slice(start, start + step))[part])[leaf])
+
+        first = self.rows(slice(0, 1))
+        parts = []
+        for part, name in enumerate("xy"):
+            arrays = [write(f"{name}{i}", total, blocks(part, i)) for i in range(len(tree_leaves(first[part])))]
+            parts.append(tree_map(lambda _, arrays=iter(arrays): next(arrays), first[part]))
+        return Data(_Arrays(*parts), batch_size=self.batch_size, fingerprint=fingerprint)
+
+    def _rows_per_read(self) -> int:
+        first = self.rows(slice(0, 1))
+        size = sum(t.nbytes for t in tree_leaves(first.x) + tree_leaves(first.y))
+        return int(max(1, min(_READ_BYTES // max(size, 1), 65536)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        if not self.portable:
+            raise DataError(
+                "this Data lives in memory and pickles only as a recipe. Keep it in a file (numpy.memmap, zarr) and "
+                "pass that, or let a calculator store it."
+            )
+        return self.__dict__
+
+
+@dataclass(frozen=True)
+class _Arrays:
+    """Rows of arrays: anything with ``shape``, ``dtype`` and slices."""
+
+    x: Tree
+    y: Tree
+
+    def __post_init__(self) -> None:
+        lengths = {int(a.shape[0]) for a in tree_leaves(self.x) + tree_leaves(self.y)}
+        if not tree_leaves(self.x):
+            raise DataError("x holds no arrays")
+        if len(lengths) != 1:
+            x, y = ([int(a.shape[0]) for a in tree_leaves(part)] for part in (self.x, self.y))
+            raise DataError(f"x and y differ in their number of samples: x has {x}, y has {y}")
+
+    def __len__(self) -> int:
+        return int(tree_leaves(self.x)[0].shape[0])
+
+    @property
+    def portable(self) -> bool:
+        leaves = tree_leaves(self.x) + tree_leaves(self.y)
+        return not any(isinstance(a, (Tensor, np.ndarray)) for a in leaves) and _pickles_small(leaves)
+
+    def read(self, start: int, stop: int) -> Batch:
+        def part(array: Any) -> Tensor:
+            return _as_tensor(array[start:stop])
+
+        return Batch(tree_map(part, self.x), tree_map(part, self.y))
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Items of a map-style Dataset, collated."""
+
+    dataset: Any
+    collate: Callable[[list[Any]], Any]
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    @property
+    def portable(self) -> bool:
+        return _pickles_small((self.dataset, self.collate))
+
+    def read(self, start: int, stop: int) -> Batch:
+        index = list(range(start, stop))
+        fetch = getattr(self.dataset, "__getitems__", None)
+        items = fetch(index) if fetch else [self.dataset[i] for i in index]
+        collated = self.collate(items)
+        if not isinstance(collated, (tuple, list)) or len(collated) != 2:
+            raise DataError(
+                f"a sample must be a pair (x, y), but {type(self.dataset).__name__} gives {describe(collated)}; "
+                "wrap the Dataset, or give the DataLoader a collate_fn that returns (x, y)"
+            )
+        batch = Batch(*(tree_map(_as_tensor, part) for part in collated))
+        if any(t.shape[:1] != (stop - start,) for t in tree_leaves(batch.x) + tree_leaves(batch.y)):
+            raise DataError(
+                f"samples {start} to {stop - 1} collate to {describe(batch, batched=True)}: x and y must both have "
+                f"{stop - start} rows"
+            )
+        return batch
+
+
+@dataclass(frozen=True)
+class _MappedFile:
+    """A numpy memory map, by file name: numpy itself would pickle its content."""
+
+    path: str
+    dtype: np.dtype[Any]
+    offset: int
+    shape: tuple[int, ...]
+
+    def __getitem__(self, index: slice) -> np.ndarray:
+        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)[index]
+
+
+def tree_map(function: Callable[[Any], Any], tree: Tree) -> Tree:
+    """Apply a function to each array of a tree: a leaf, or tuples, lists and dicts of leaves. None stays None."""
+    if tree is None:
+        return None
+    if isinstance(tree, Mapping):
+        return {key: tree_map(function, value) for key, value in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        return tuple(tree_map(function, value) for value in tree)
+    return function(tree)
+
+
+def tree_leaves(tree: Tree) -> list[Any]:
+    """The arrays of a tree, in order."""
+    leaves: list[Any] = []
+    tree_map(leaves.append, tree)
+    return leaves
+
+
+def describe(tree: Tree, batched: bool = False) -> str:
+    """Types and shapes of a tree in a few words, for messages; of one sample if ``batched``."""
+    if isinstance(tree, Batch):
+        return f"x: {describe(tree.x, batched)}, y: {describe(tree.y, batched)}"
+    if isinstance(tree, Mapping):
+        return "{" + ", ".join(f"{k}: {describe(v, batched)}" for k, v in tree.items()) + "}"
+    if isinstance(tree, (tuple, list)):
+        return "(" + ", ".join(describe(v, batched) for v in tree) + ")"
+    if not hasattr(tree, "shape"):
+        return type(tree).__name__
+    return f"{str(tree.dtype).removeprefix('torch.')} {tuple(tree.shape[1:] if batched else tree.shape)}"
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """A tensor as a numpy array on the CPU.
+
+    Raises:
+        DataError: if numpy has no such type (bfloat16).
+    """
+    try:
+        return np.asarray(tensor.detach().cpu().numpy())
+    except TypeError as error:
+        raise DataError(f"{tensor.dtype} cannot be stored: {error}. Convert the data to float32.") from error
+
+
+class _Hashes:
+    """One running hash per array, so that the result does not depend on how rows were batched."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, Any] = {}
+
+    def update(self, batch: Batch) -> None:
+        for part, tree in zip("xy", batch, strict=True):
+            for i, tensor in enumerate(tree_leaves(tree)):
+                key = f"{part}{i} {describe(tensor, batched=True)}"
+                raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                self._parts.setdefault(key, hashlib.blake2b(digest_size=16)).update(raw)
+
+    def digest(self) -> str:
+        text = ";".join(f"{key} {part.hexdigest()}" for key, part in self._parts.items())
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _as_arrays(tree: Tree, name: str) -> Tree:
+    def array(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) and not all(hasattr(leaf, a) for a in ("shape", "dtype", "__getitem__")):
+            leaf = np.asarray(leaf)
+        if hasattr(leaf, "iloc"):  # pandas: rows by position need numpy
+            leaf = leaf.to_numpy()
+        kind = "f" if isinstance(leaf, Tensor) else np.dtype(leaf.dtype).kind
+        if kind not in "biuf" or len(leaf.shape) == 0:
+            raise DataError(f"{name} must be an array of numbers, first axis samples; got {describe(leaf)}")
+        if isinstance(leaf, np.memmap) and isinstance(leaf.base, mmap.mmap) and leaf.flags.c_contiguous:
+            return _MappedFile(str(leaf.filename), leaf.dtype, leaf.offset, leaf.shape)
+        return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+    return tree_map(array, _as_tree(tree))
+
+
+def _as_tree(tree: Tree) -> Tree:
+    # A list of numbers is an array; a list of arrays is a tuple of inputs.
+    if isinstance(tree, list) and not any(hasattr(value, "shape") for value in tree):
+        return np.asarray(tree)
+    return tree
+
+
+def _as_tensor(array: Any) -> Tensor:
+    if isinstance(array, Tensor):
+        return array
+    if hasattr(array, "__dask_graph__"):
+        # The synchronous scheduler: inside a worker the default one would start a second torch thread.
+        array = array.compute(scheduler="synchronous")
+    array = np.ascontiguousarray(array)
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _pickles_small(thing: Any) -> bool:
+    try:
+        return len(cloudpickle.dumps(thing)) <= _RECIPE_LIMIT
+    except Exception:  # whatever a user's object raises, it cannot travel
+        return False
+
+
+def _collate_of(loader: DataLoader[Any]) -> Callable[[list[Any]], Any]:
+    # Without batching (batch_size=None) a loader only converts: collate single items ourselves.
+    return torch_collate if loader.batch_size is None else loader.collate_fn
+
+
+def _check_repeatable(source: _Source) -> None:
+    digests = []
+    with _rng_untouched():
+        for _ in range(2):
+            hashes = _Hashes()
+            hashes.update(source.read(0, 1))
+            digests.append(hashes.digest())
+    if digests[0] != digests[1]:
+        raise DataError(
+            "sample 0 reads differently the second time: the Dataset transforms at random. Influence is of fixed "
+            "samples; remove the random augmentation."
+        )
+
+
+@contextmanager
+def _rng_untouched() -> Iterator[None]:
+    states: Sequence[Any] = (random.getstate(), np.random.get_state())
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])

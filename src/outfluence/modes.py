@@ -1,0 +1,46 @@
+"""The choices a user names, as enums. A string with the member's value may stand wherever a member may."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import NoReturn
+
+
+class _Choice(StrEnum):
+    @classmethod
+    def _missing_(cls, value: object) -> NoReturn:
+        raise ValueError(f"{value!r} is no {cls.__name__}; choose one of {', '.join(map(repr, map(str, cls)))}")
+
+
+class InfluenceMode(_Choice):
+    """What is perturbed: the weight of a training sample, or its features."""
+
+    Up = "up"
+    Perturbation = "perturbation"
+
+
+class BlockMode(_Choice):
+    """How the parameters are grouped; the second-order matrix is block-diagonal in these groups."""
+
+    FULL = "full"
+    LAYER_WISE = "layer_wise"
+    PARAMETER_WISE = "parameter_wise"
+
+
+class SecondOrderMode(_Choice):
+    """Which second-order matrix stands for the curvature of the loss."""
+
+    HESSIAN = "hessian"
+    GAUSS_NEWTON = "gauss_newton"
+
+
+class FisherMode(_Choice):
+    """Whose labels the Fisher's gradients are taken at.
+
+    ``sampled``: drawn from the model's predictive distribution; ``exact``: the expectation over it;
+    ``empirical``: the labels of the data (not the Fisher, and said so by the name).
+    """
+
+    SAMPLED = "sampled"
+    EXACT = "exact"
+    EMPIRICAL = "empirical"

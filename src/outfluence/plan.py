@@ -1,0 +1,290 @@
+"""`Plan`: how a run is cut into tasks, and what each needs. Integers only, made before any work.
+
+The order of work: the factors of each test chunk, once, into the store; then one *strip* per training chunk: its
+gradients, computed once, against all test chunks, whose factors are read back one tile at a time. The number of strips
+grows with the training set only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from outfluence.errors import PlanError
+
+MIB = 1 << 20
+
+#: What a process grows by beyond its arrays once it computes: thread buffers, code loaded late, allocator slack.
+_RUNTIME_BYTES = 160 * MIB
+#: Copies of a batch's gradients while they are made, checked and laid out; and while an inverse is applied to them.
+_GRADIENT_COPIES, _INVERSE_COPIES = 3, 4
+#: Activations of a batch, forward and backward, as multiples of what one sample keeps for its backward pass.
+_ACTIVATION_COPIES = 4
+#: A block of results: computed, checked, encoded, read back.
+_BLOCK_COPIES = 4
+#: A tile of factors: read and decoded.
+_TILE_COPIES = 2
+#: Chunks no larger than this: enough for matrix products to be fast, and for chunk files of some 16 MiB.
+_MAX_TEST, _MAX_TRAIN, _MAX_BATCH = 1024, 4096, 256
+#: Small jobs are cut at least so often, to share the work and to lose little.
+_MIN_TEST_TASKS, _MIN_TRAIN_TASKS = 4, 16
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be computed, in numbers.
+
+    Attributes:
+        n_test: test samples; 0 if only self-influences are wanted.
+        n_train: training samples; 0 if only factors are wanted.
+        row_bytes: bytes of one stored row.
+        itemsize: bytes of one score.
+        features: shape of a training sample's features in perturbation mode, else empty.
+        directions: in perturbation mode how many factors are differentiated at once; else 0.
+        self_influences: whether the influence of each training sample on itself is wanted.
+        model_bytes: what a worker holds all the time: model and inverse.
+        activation_bytes: what one sample keeps for its backward pass.
+        batch_size: samples at once through the model, if the user has an opinion.
+    """
+
+    n_test: int
+    n_train: int
+    row_bytes: int
+    itemsize: int
+    features: tuple[int, ...] = ()
+    directions: int = 0
+    self_influences: bool = False
+    model_bytes: int = 0
+    activation_bytes: int = 0
+    batch_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Tasks of one kind, each a range of samples.
+
+    Attributes:
+        name: "factors" (ranges of test samples) or "scores" (ranges of training samples).
+        n_samples: samples in all.
+        chunk: samples per task; the last may have fewer.
+    """
+
+    name: str
+    n_samples: int
+    chunk: int
+
+    @property
+    def n_tasks(self) -> int:
+        """Number of tasks."""
+        return -(-self.n_samples // self.chunk)
+
+    def samples(self, task: int) -> slice:
+        """The samples of a task."""
+        return slice(task * self.chunk, min((task + 1) * self.chunk, self.n_samples))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Chunk sizes, order of work, and projected memory.
+
+    Attributes:
+        work: what is computed.
+        test_chunk: test samples per task of the factors, and per tile of a strip.
+        train_chunk: training samples per strip.
+        batch_size: samples at once through the model.
+        memory_limit: bytes above what a worker takes after importing torch.
+    """
+
+    work: Work
+    test_chunk: int
+    train_chunk: int
+    batch_size: int
+    memory_limit: int
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages, in order."""
+        work = self.work
+        factors = Stage("factors", work.n_test, self.test_chunk)
+        scores = Stage("scores", work.n_train, self.train_chunk)
+        return tuple(stage for stage in (factors, scores) if stage.n_samples)
+
+    @property
+    def test_tiles(self) -> list[slice]:
+        """The test samples of each tile of a strip."""
+        stage = Stage("factors", self.work.n_test, self.test_chunk)
+        return [stage.samples(i) for i in range(stage.n_tasks)]
+
+    def memory(self, stage: str) -> dict[str, int]:
+        """Projected peak of a task, in bytes above the import baseline, by part."""
+        work = self.work
+        per_sample = _GRADIENT_COPIES * work.row_bytes + _ACTIVATION_COPIES * work.activation_bytes
+        parts = {"runtime": _RUNTIME_BYTES, "model and inverse": work.model_bytes}
+        inverse = _INVERSE_COPIES * self.batch_size * work.row_bytes
+        if stage == "factors":
+            return parts | {
+                "batch": self.batch_size * per_sample + inverse,
+                "factors of a chunk": 2 * self.test_chunk * work.row_bytes,
+            }
+        tile = _TILE_COPIES * self.test_chunk * work.row_bytes if work.n_test else 0
+        block = _BLOCK_COPIES * self.test_chunk * self.train_chunk * self.score_bytes if work.n_test else 0
+        if work.directions:
+            derivatives = _ACTIVATION_COPIES * work.activation_bytes + 3 * self.score_bytes
+            return parts | {
+                "batch": self.batch_size * min(self.test_chunk, work.directions) * derivatives
+                + work.directions * work.row_bytes,
+                "factor tile": tile,
+                "score block": block,
+            }
+        return parts | {
+            "batch": self.batch_size * per_sample + (inverse if work.self_influences else 0),
+            "gradients of a chunk": self.train_chunk * work.row_bytes,
+            "factor tile": tile,
+            "score block": block,
+        }
+
+    @property
+    def score_bytes(self) -> int:
+        """Bytes of the score of one test and one training sample: one number, or one for each feature."""
+        size = self.work.itemsize
+        for n in self.work.features:
+            size *= n
+        return size
+
+    @property
+    def peak(self) -> int:
+        """The largest projected peak of any task, in bytes."""
+        return max(sum(self.memory(stage.name).values()) for stage in self.stages)
+
+    @property
+    def bytes_written(self) -> int:
+        """Factors, scores and self-influences in the store."""
+        work = self.work
+        selves = work.n_train * work.itemsize if work.self_influences else 0
+        return work.n_test * work.row_bytes + work.n_test * work.n_train * self.score_bytes + selves
+
+    @property
+    def bytes_read(self) -> int:
+        """Factors read back, once for each strip."""
+        work = self.work
+        return work.n_test * work.row_bytes * (-(-work.n_train // self.train_chunk) if work.n_train else 0)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values; `Plan.from_json` reads them."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Plan:
+        """A plan written by `to_json`."""
+        work = values["work"] | {"features": tuple(values["work"]["features"])}
+        return cls(**(values | {"work": Work(**work)}))
+
+    def __str__(self) -> str:
+        work = self.work
+        lines = [f"Plan: {work.n_test:,} test x {work.n_train:,} training samples, rows of {format_bytes(work.row_bytes)}"]
+        for stage in self.stages:
+            memory = self.memory(stage.name)
+            lines.append(
+                f"  {stage.name}: {stage.n_tasks:,} tasks of {stage.chunk:,} samples, "
+                f"projected peak {format_bytes(sum(memory.values()))} a worker"
+            )
+            lines += [f"    {part:<22}{format_bytes(size):>10}" for part, size in memory.items()]
+        lines.append(
+            f"  limit {format_bytes(self.memory_limit)} a worker above its imports; batches of {self.batch_size}; "
+            f"factor tiles of {self.test_chunk:,}"
+        )
+        lines.append(
+            f"  writes {format_bytes(self.bytes_written)}, reads back {format_bytes(self.bytes_read)} of factors; "
+            "each gradient is computed once"
+        )
+        return "\n".join(lines)
+
+
+def make_plan(
+    work: Work, memory_limit: int, *, test_chunk: int | None = None, train_chunk: int | None = None
+) -> Plan:
+    """Choose chunk sizes for a memory limit.
+
+    Args:
+        work: what is to be computed.
+        memory_limit: bytes a worker may take above its imports.
+        test_chunk: test samples per tile; None: chosen.
+        train_chunk: training samples per strip; None: chosen.
+
+    Raises:
+        PlanError: if not even single samples fit, or the given chunks do not; it names the smallest limit that works.
+    """
+    for name, value in (("memory_limit", memory_limit), ("test_chunk", test_chunk), ("train_chunk", train_chunk)):
+        if value is not None and value < 1:
+            raise PlanError(f"{name} must be at least 1, not {value}")
+    given = {"test_chunk": test_chunk, "train_chunk": train_chunk}
+    sizes = {
+        "test_chunk": test_chunk or _first_size(work.n_test, _MIN_TEST_TASKS, _MAX_TEST),
+        "train_chunk": train_chunk or _first_size(work.n_train, _MIN_TRAIN_TASKS, _MAX_TRAIN),
+        "batch_size": min(work.batch_size or _MAX_BATCH, _MAX_BATCH, max(work.n_test, work.n_train)),
+    }
+    sizes["test_chunk"] = min(sizes["test_chunk"], max(work.n_test, 1))
+    sizes["train_chunk"] = min(sizes["train_chunk"], max(work.n_train, 1))
+
+    def plan() -> Plan:
+        return Plan(work, memory_limit=memory_limit, **sizes)
+
+    # Halve what frees most, until it fits. Test tiles go before training chunks of the same weight: a smaller strip
+    # means that all factors are read once more.
+    while plan().peak > memory_limit:
+        shrinkable = [name for name, size in sizes.items() if size > 1 and given.get(name) is None]
+        if not shrinkable:
+            raise PlanError(_refusal(plan(), given))
+        sizes = min((_halved(sizes, name) for name in shrinkable), key=_peak_of(work, memory_limit))
+    return plan()
+
+
+def parse_bytes(text: str | int) -> int:
+    """A number of bytes from "4GiB", "500MB", or a number.
+
+    Raises:
+        PlanError: if it is neither.
+    """
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*([\d.]+)\s*([kKMGT]?)(i?)B?\s*", text)
+    if not match:
+        raise PlanError(f"memory_limit={text!r} is no size; write it like '4GiB' or '500MB'")
+    number, prefix, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
+
+
+def format_bytes(size: float) -> str:
+    """A number of bytes for people: "1.5 GiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def _first_size(n: int, min_tasks: int, largest: int) -> int:
+    return max(1, min(largest, max(-(-n // min_tasks), 64)))
+
+
+def _halved(sizes: dict[str, int], name: str) -> dict[str, int]:
+    return sizes | {name: -(-sizes[name] // 2)}
+
+
+def _peak_of(work: Work, memory_limit: int) -> Callable[[dict[str, int]], int]:
+    return lambda sizes: Plan(work, memory_limit=memory_limit, **sizes).peak
+
+
+def _refusal(plan: Plan, given: dict[str, int | None]) -> str:
+    stage = max(plan.stages, key=lambda s: sum(plan.memory(s.name).values()))
+    memory = plan.memory(stage.name)
+    largest = max(memory, key=lambda part: memory[part])
+    pinned = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+    knob = f"leave {pinned} to the plan" if pinned else "use fewer trainable parameters or smaller blocks"
+    return (
+        f"this does not fit into memory_limit {format_bytes(plan.memory_limit)}: a task of {stage.name!r} needs "
+        f"{format_bytes(plan.peak)} at least, {format_bytes(memory[largest])} of it for {largest}. Set memory_limit to "
+        f"{-(-plan.peak // MIB)}MiB or more, or {knob}."
+    )

@@ -1,0 +1,352 @@
+"""`Problem`: a model, its loss, and its trainable parameters in blocks.
+
+Everything is a pure function of the parameters (`torch.func`), so that nothing of the user's is changed: no ``.grad``,
+no train/eval switch, no device. Vectors over the parameters are laid out block after block, in the order of `names`.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+
+from outfluence.data import Batch, Tree, describe, tree_leaves, tree_map
+from outfluence.errors import OutfluenceError, ProblemError
+from outfluence.modes import BlockMode
+from outfluence.rows import DenseRows, check_finite
+
+#: Maps the model's output and the labels, both with one sample (first axis 1), to a scalar.
+Loss = Callable[[Any, Any], Tensor]
+
+#: The block of parameters held by the model itself rather than by one of its layers.
+ROOT = "(root)"
+
+#: Most samples, and most directions, that are computed at once; more are taken in turns.
+SAMPLES = 256
+DIRECTIONS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A model and a loss, and which parameters count.
+
+    Trainable parameters (``requires_grad``) take part; frozen ones are constants. A weight shared by several layers
+    is one parameter.
+
+    Args:
+        model: called as ``model(x)``, ``model(*x)`` for a tuple and ``model(**x)`` for a dict.
+        loss: called as ``loss(output, y)`` with a batch of one sample; gives a scalar. Means and sums are the same.
+        block_structure: a `BlockMode`, or an ordered mapping of block names to parameter names.
+
+    Raises:
+        ProblemError: if there is no trainable parameter, or a parameter is in two blocks or in none.
+    """
+
+    model: nn.Module
+    loss: Loss
+    block_structure: BlockMode | str | Mapping[str, Iterable[str]] = BlockMode.FULL
+    blocks: dict[str, tuple[str, ...]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        names = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        if not names:
+            raise ProblemError(
+                f"{type(self.model).__name__} has no trainable parameters: influence is a matter of gradients. "
+                "Call requires_grad_(True) on those that should count."
+            )
+        object.__setattr__(self, "blocks", _blocks(self.block_structure, names))
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the trainable parameters, in the order of the columns of a row."""
+        return [name for block in self.blocks.values() for name in block]
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The trainable parameters, detached, in the order of `names`."""
+        current = dict(self.model.named_parameters())
+        return {name: current[name].detach() for name in self.names}
+
+    @property
+    def n_parameters(self) -> int:
+        """P, the number of trainable parameters."""
+        return sum(p.numel() for p in self.parameters.values())
+
+    @property
+    def sections(self) -> dict[str, slice]:
+        """For each block, in order, its columns in a row."""
+        sizes = {name: p.numel() for name, p in self.parameters.items()}
+        sections, start = {}, 0
+        for block, names in self.blocks.items():
+            stop = start + sum(sizes[name] for name in names)
+            sections[block] = slice(start, stop)
+            start = stop
+        return sections
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating type of the parameters, and so of gradients and scores."""
+        dtypes = {p.dtype for p in self.parameters.values()}
+        return max(dtypes, key=lambda d: torch.finfo(d).bits)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(iter(self.parameters.values())).device
+
+    def to(self, device: torch.device | str) -> Problem:
+        """This problem on a device; the user's model stays where it is."""
+        if self.device == torch.device(device):
+            return self
+        return replace(self, model=copy.deepcopy(self.model).to(device), block_structure=self.blocks)
+
+    def flatten(self, tensors: Mapping[str, Tensor], names: Iterable[str] | None = None) -> Tensor:
+        """Tensors by parameter, with equal leading axes ``(n,)``, as rows ``(n, sum of sizes)``."""
+        parts = [tensors[name] for name in (self.names if names is None else names)]
+        return torch.cat([part.reshape(part.shape[0], -1) for part in parts], dim=1)
+
+    def unflatten(self, rows: Tensor, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Rows ``(n, sum of sizes)`` as tensors ``(n, *shape)`` by parameter: the inverse of `flatten`."""
+        parameters = self.parameters
+        chosen = list(parameters if names is None else names)
+        parts = rows.split([parameters[name].numel() for name in chosen], dim=1)
+        return {
+            name: part.reshape(-1, *parameters[name].shape) for name, part in zip(chosen, parts, strict=True)
+        }
+
+    def output(self, parameters: Mapping[str, Tensor], x: Tree) -> Any:
+        """The model's output for a batch, as a function of (some of) its parameters."""
+        args, kwargs = ((), x) if isinstance(x, Mapping) else (x if isinstance(x, tuple) else (x,), {})
+        return functional_call(self.model, dict(parameters), args, kwargs)
+
+    def sample_loss(self, parameters: Mapping[str, Tensor], x: Tree, y: Tree) -> Tensor:
+        """The loss of one sample (no batch axis), as a function of the parameters: a scalar."""
+        one = partial(tree_map, lambda t: t.unsqueeze(0))
+        return self.output_loss(self.output(parameters, one(x)), one(y))
+
+    def output_loss(self, output: Any, y: Tree) -> Tensor:
+        """The loss of one sample (batch axis of one) from the model's output: a scalar.
+
+        Raises:
+            ProblemError: if the loss gives anything else.
+        """
+        value = self.loss(output, y)
+        if not isinstance(value, Tensor) or value.ndim != 0:
+            raise ProblemError(
+                f"the loss of one sample must be a scalar tensor, but {_name_of(self.loss)} gives "
+                f"{describe(value)}; use reduction='mean' or 'sum'"
+            )
+        return value
+
+    def sum_loss(self, parameters: Mapping[str, Tensor], x: Tree, y: Tree) -> Tensor:
+        """The sum of the losses of a batch's samples: a scalar."""
+        return self._per_sample(self.sample_loss, x, y)(dict(parameters), x, y).sum()
+
+    def gradients(self, x: Tree, y: Tree) -> DenseRows:
+        """Gradients of each sample's loss, ``(n, P)``."""
+        x, y = self.on_device(x), self.on_device(y)
+        by_name = self._per_sample(grad(self.sample_loss), x, y)(self.parameters, x, y)
+        return DenseRows(self.flatten(by_name), self.sections)
+
+    def mixed_derivatives(self, directions: Tensor, x: Tree, y: Tree) -> Tensor:
+        """Derivatives with respect to the features of directional derivatives with respect to the parameters.
+
+        For a direction s and a sample j: ``d/dx (s . grad loss(x_j, y_j))``, by one forward-over-reverse product per
+        direction; the mixed second derivative itself, (features, P), never exists.
+
+        Args:
+            directions: ``(m, P)``.
+            x: inputs, with exactly one floating-point array.
+            y: labels.
+
+        Returns:
+            ``(m, n, *features)``.
+
+        Raises:
+            ProblemError: if x has no, or more than one, floating-point array.
+        """
+        x, y = self.on_device(x), self.on_device(y)
+        n_float = sum(leaf.is_floating_point() for leaf in tree_leaves(x))
+        if n_float != 1:
+            raise ProblemError(
+                f"perturbation mode differentiates by the features, so x must hold exactly one floating-point array; "
+                f"it holds {n_float} ({describe(x, batched=True)})"
+            )
+        (features,) = (leaf for leaf in tree_leaves(x) if leaf.is_floating_point())
+
+        def with_features(value: Tensor, sample: Tree) -> Tree:
+            return tree_map(lambda leaf: value if leaf.is_floating_point() else leaf, sample)
+
+        def by_features(parameters: dict[str, Tensor], value: Tensor, sample: Tree, label: Tree) -> Tensor:
+            # jacrev of a scalar, not grad: jvp over grad fails for some losses (mse_loss in torch 2.13).
+            return jacrev(lambda v: self.sample_loss(parameters, with_features(v, sample), label))(value)
+
+        in_dims = (None, 0, 0, None if y is None else 0)
+        parameters = self.parameters
+
+        def product(direction: dict[str, Tensor]) -> Tensor:
+            def gradient(p: dict[str, Tensor]) -> Tensor:
+                return vmap(by_features, in_dims=in_dims)(p, features, x, y)
+
+            derivative: Tensor = jvp(gradient, (parameters,), (direction,))[1]
+            return derivative
+
+        return vmap(product, chunk_size=DIRECTIONS)(self.unflatten(directions))
+
+    def on_device(self, tree: Tree) -> Tree:
+        """A tree of tensors where the parameters are."""
+        device = self.device
+        return tree_map(lambda t: t.to(device), tree)
+
+    def check(self, sample: Batch, whose: str) -> None:
+        """Try one sample before any work.
+
+        Args:
+            sample: one sample.
+            whose: which data it comes from, for messages: "training", "test".
+
+        Raises:
+            ProblemError: if the model's output for a sample depends on the batch or on chance, or it cannot be run.
+            NonFiniteError: if the sample's gradient is not finite.
+        """
+        _check_deterministic(self.model)
+        try:
+            gradients = self.gradients(*sample)
+        except OutfluenceError:
+            raise
+        except Exception as error:
+            raise ProblemError(
+                f"the model or the loss fails on {whose} sample 0 ({describe(sample, batched=True)}): "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        check_finite(gradients.values, "gradients", whose)
+
+    def activation_bytes(self, sample: Batch) -> int:
+        """Bytes that one sample keeps for its backward pass, measured on one forward pass."""
+        own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            variables = {name: p.requires_grad_() for name, p in self.parameters.items()}
+            # Held until the count is done, so that no address is used twice.
+            loss = self.output_loss(self.output(variables, self.on_device(sample.x)), self.on_device(sample.y))
+        del loss
+        return sum(kept.values())
+
+    def fingerprint(self) -> dict[str, str]:
+        """What identifies this problem in a store: the architecture, its weights, the loss and the blocks."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, tensor in self.model.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        code = sorted({_code_of(type(module).forward) for module in self.model.modules()})
+        structure = f"{self.model} {code}"
+        return {
+            "model": f"{_name_of(type(self.model))} {_short_hash(structure)}",
+            "weights": digest.hexdigest(),
+            "loss": f"{_name_of(self.loss)} {_code_of(self.loss)}".strip(),
+            "blocks": _short_hash(str(list(self.blocks.items()))),
+        }
+
+    def _per_sample(self, function: Callable[..., Any], x: Tree, y: Tree) -> Callable[..., Any]:
+        # Mapped over the samples of x and y; a missing y stays None.
+        dims = (None, None if x is None else 0, None if y is None else 0)
+        return vmap(function, in_dims=dims, chunk_size=SAMPLES)
+
+
+def _blocks(structure: BlockMode | str | Mapping[str, Iterable[str]], names: list[str]) -> dict[str, tuple[str, ...]]:
+    if isinstance(structure, Mapping):
+        return _own_blocks(structure, names)
+    match BlockMode(structure):
+        case BlockMode.FULL:
+            return {"all": tuple(names)}
+        case BlockMode.PARAMETER_WISE:
+            return {name: (name,) for name in names}
+        case BlockMode.LAYER_WISE:
+            layers: dict[str, tuple[str, ...]] = {}
+            for name in names:
+                layer = name.rpartition(".")[0] or ROOT
+                layers[layer] = (*layers.get(layer, ()), name)
+            return layers
+
+
+def _own_blocks(structure: Mapping[str, Iterable[str]], names: list[str]) -> dict[str, tuple[str, ...]]:
+    blocks = {str(block): (members,) if isinstance(members, str) else tuple(members) for block, members in structure.items()}
+    listed = [name for members in blocks.values() for name in members]
+    twice = sorted({name for name in listed if listed.count(name) > 1})
+    unknown = [name for name in listed if name not in names]
+    missing = [name for name in names if name not in listed]
+    empty = [block for block, members in blocks.items() if not members]
+    for wrong, what in (
+        (twice, "in more than one block"),
+        (unknown, "no trainable parameter of the model (shared weights go by their first name)"),
+        (missing, "in no block; freeze parameters that should not count with requires_grad_(False)"),
+        (empty, "a block without parameters"),
+    ):
+        if wrong:
+            raise ProblemError(f"block_structure: {', '.join(wrong)}: {what}")
+    return blocks
+
+
+def _check_deterministic(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        where = f"layer {name!r} ({type(module).__name__})"
+        of_batch = isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+        if of_batch or (isinstance(module, _NormBase) and module.training and module.track_running_stats):
+            raise ProblemError(
+                f"{where} normalises over the batch or updates its statistics: a sample's gradient would depend on the "
+                "samples before and beside it. Call model.eval() (and keep track_running_stats=True) first."
+            )
+        dropout = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0)
+        if module.training and isinstance(dropout, (int, float)) and dropout > 0:
+            raise ProblemError(f"{where} drops out at random: call model.eval() first, or set its rate to 0.")
+
+
+def _name_of(thing: Any) -> str:
+    if isinstance(thing, partial):
+        return f"partial({_name_of(thing.func)}, {thing.args}, {thing.keywords})"
+    if isinstance(thing, nn.Module):
+        return f"{type(thing).__module__}.{thing}"
+    return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"
+
+
+def _code_of(function: Any) -> str:
+    """A hash of what a Python function of the user's does; nothing for library code."""
+    function = inspect.unwrap(function) if callable(function) else function
+    code = getattr(function, "__code__", None)
+    if code is None or (getattr(function, "__module__", "") or "").startswith("torch."):
+        return ""
+    return _short_hash(_code_text(code))
+
+
+def _code_text(code: CodeType) -> str:
+    consts = []
+    for const in code.co_consts:
+        if isinstance(const, CodeType):
+            consts.append(_code_text(const))
+        else:  # the order of a set differs between processes
+            consts.append(str(sorted(map(repr, const))) if isinstance(const, frozenset) else repr(const))
+    return f"{code.co_code.hex()} {consts} {code.co_names}"
+
+
+def _short_hash(text: str) -> str:
+    # Memory addresses in a repr differ between processes.
+    return hashlib.blake2b(re.sub(r"0x[0-9a-f]+", "", text).encode(), digest_size=8).hexdigest()

@@ -1,0 +1,98 @@
+"""Rows: what a sample is encoded to. A score is the dot product of a left row (test) and a right row (training).
+
+Calculators, stores and plans see only this: `len`, slices, named arrays to store, and `dot`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from outfluence.errors import NonFiniteError
+
+
+@dataclass(frozen=True)
+class DenseRows:
+    """One vector of all parameters per sample.
+
+    Attributes:
+        values: ``(n, P)``; the columns of a block are contiguous.
+        sections: for each block, in order, its columns.
+    """
+
+    values: Tensor
+    sections: Mapping[str, slice]
+
+    def __len__(self) -> int:
+        return self.values.shape[0]
+
+    def __getitem__(self, index: slice) -> Self:
+        return replace(self, values=self.values[index])
+
+    @property
+    def arrays(self) -> dict[str, Tensor]:
+        """What to store: named arrays, first axis samples, trailing shapes the same for all samples."""
+        return {"values": self.values}
+
+    def with_arrays(self, arrays: Mapping[str, Tensor]) -> Self:
+        """Rows like these, with other samples' arrays."""
+        return replace(self, values=arrays["values"])
+
+    def to(self, device: torch.device | str) -> Self:
+        """These rows on a device."""
+        return replace(self, values=self.values.to(device))
+
+    def dot(self, right: DenseRows) -> Tensor:
+        """Dot products with other rows: ``(n_left, n_right)``."""
+        return self.values @ right.values.T
+
+    def dot_each(self, right: DenseRows) -> Tensor:
+        """Dot products of each row with the row at the same place: ``(n,)``."""
+        return torch.linalg.vecdot(self.values, right.values)
+
+    def dot_by_block(self, right: DenseRows) -> dict[str, Tensor]:
+        """Dot products per block; their sum is `dot`."""
+        return {name: self.values[:, s] @ right.values[:, s].T for name, s in self.sections.items()}
+
+    def by_block(self) -> dict[str, Tensor]:
+        """The columns of each block: ``(n, P_block)``."""
+        return {name: self.values[:, s] for name, s in self.sections.items()}
+
+    def block(self, name: str) -> Self:
+        """These rows with all columns outside a block set to zero."""
+        values = torch.zeros_like(self.values)
+        values[:, self.sections[name]] = self.values[:, self.sections[name]]
+        return replace(self, values=values)
+
+
+def concatenate(parts: Sequence[DenseRows]) -> DenseRows:
+    """Rows of consecutive ranges of samples, as one."""
+    return replace(parts[0], values=torch.cat([part.values for part in parts]))
+
+
+def check_finite(rows: Tensor, what: str, samples: str, start: int = 0) -> None:
+    """Refuse NaN and infinity.
+
+    Args:
+        rows: first axis samples.
+        what: the name of the numbers, for the message.
+        samples: whose samples they are: "training", "test".
+        start: index of the first of them.
+
+    Raises:
+        NonFiniteError: naming the first ten offending samples.
+    """
+    # The maximum norm carries NaN and infinity to one number a sample and makes no copy of the rows.
+    worst = torch.linalg.vector_norm(rows.flatten(1) if rows.ndim > 1 else rows[:, None], ord=float("inf"), dim=1)
+    bad = (start + torch.nonzero(~torch.isfinite(worst))[:, 0]).tolist()
+    if bad:
+        shown = ", ".join(map(str, bad[:10])) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")
+        raise NonFiniteError(
+            f"NaN or infinite {what} for {samples} sample{'s' if len(bad) > 1 else ''} {shown}. Look at the "
+            "sample and at the model's output for it; drop it with torch.utils.data.Subset if it is broken.",
+            bad,
+        )

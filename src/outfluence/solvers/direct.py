@@ -1,0 +1,137 @@
+"""The exact inverse: build the matrix, factorise it once, solve."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from outfluence.curvature import Curvature
+from outfluence.data import Data
+from outfluence.errors import SingularMatrixError
+from outfluence.modes import SecondOrderMode
+from outfluence.problem import Problem
+from outfluence.rows import DenseRows
+from outfluence.solvers import Regularization, per_block
+
+
+@dataclass(frozen=True)
+class DirectSolver:
+    """Dense blocks of the second-order matrix, ``(P_block, P_block)`` each; P_block squared numbers of memory.
+
+    Args:
+        regularization: lambda, one for all blocks or one for each.
+        second_order_mode: which matrix.
+    """
+
+    regularization: Regularization = None
+    second_order_mode: SecondOrderMode = SecondOrderMode.HESSIAN
+
+    def fit(self, problem: Problem, data: Data) -> DirectInverse:
+        """One pass over the data per block."""
+        regularization = per_block(self.regularization, problem)
+        matrices = {
+            block: Curvature(problem, data, block, self.second_order_mode).dense() for block in problem.blocks
+        }
+        return DirectInverse(matrices, regularization)
+
+    def options(self) -> dict[str, Any]:
+        """The matrix chosen."""
+        return {"second_order_mode": str(self.second_order_mode)}
+
+
+@dataclass(frozen=True)
+class DirectInverse:
+    """Factorised ``H + lambda 1``, block by block.
+
+    Attributes:
+        matrices: H, per block.
+        regularization: lambda, per block.
+
+    Raises:
+        SingularMatrixError: if a block has no inverse at working precision.
+    """
+
+    matrices: Mapping[str, Tensor]
+    regularization: Mapping[str, float]
+    _factors: dict[str, _Factor] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        factors = {name: _factorise(name, h, self.regularization[name]) for name, h in self.matrices.items()}
+        object.__setattr__(self, "_factors", factors)
+
+    def left(self, gradients: DenseRows) -> DenseRows:
+        """``(H + lambda 1)^-1 g`` per block."""
+        solved = [self._factors[name].solve(part.T).T for name, part in gradients.by_block().items()]
+        return gradients.with_arrays({"values": torch.cat(solved, dim=1)})
+
+    def right(self, gradients: DenseRows) -> DenseRows:
+        """The gradients."""
+        return gradients
+
+    def quadratic(self, gradients: DenseRows) -> Tensor:
+        """The dot products of left rows and gradients."""
+        return self.left(gradients).dot_each(gradients)
+
+    def with_regularization(self, regularization: Mapping[str, float]) -> DirectInverse:
+        """Factorises again; the matrix is kept."""
+        return DirectInverse(self.matrices, dict(regularization))
+
+    def to(self, device: torch.device | str) -> Self:
+        """On a device."""
+        return type(self)({name: h.to(device) for name, h in self.matrices.items()}, self.regularization)
+
+    @property
+    def nbytes(self) -> int:
+        """The matrices and their factors."""
+        return 2 * sum(h.nbytes for h in self.matrices.values())
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """Cholesky (``pivots`` is None), or LDL^T for an indefinite matrix."""
+
+    factor: Tensor
+    pivots: Tensor | None
+
+    def solve(self, columns: Tensor) -> Tensor:
+        if self.pivots is None:
+            return torch.cholesky_solve(columns, self.factor)
+        return torch.linalg.ldl_solve(self.factor, self.pivots, columns.contiguous())
+
+
+def _factorise(block: str, matrix: Tensor, regularization: float) -> _Factor:
+    regularized = matrix.clone()
+    regularized.diagonal().add_(regularization)
+    factor, failed = torch.linalg.cholesky_ex(regularized)
+    if not failed:
+        result, singular = _Factor(factor, None), False
+    else:
+        factor, pivots, info = torch.linalg.ldl_factor_ex(regularized)
+        result, singular = _Factor(factor, pivots), bool(info)
+    condition = float("inf") if singular else _condition(regularized, result)
+    if not condition * torch.finfo(matrix.dtype).eps < 1:
+        raise SingularMatrixError(
+            f"block {block!r} has no inverse at regularization {regularization:g}: its condition number is about "
+            f"{condition:.0e}, which {str(matrix.dtype).removeprefix('torch.')} does not resolve. Raise the "
+            f"regularization (the mean diagonal entry is {matrix.diagonal().mean().item():.1e}), or fit in float64."
+        )
+    return result
+
+
+def _condition(matrix: Tensor, factor: _Factor) -> float:
+    """An estimate of the condition number from below: a few steps of power iteration on the matrix and its inverse."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(len(matrix), 1, generator=generator, dtype=torch.float64).to(matrix)
+    norms = []
+    for apply in (matrix.matmul, factor.solve):
+        vector, norm = start / start.norm(), 0.0
+        for _ in range(8):
+            image = apply(vector)
+            norm = image.norm().item()
+            vector = image / norm if norm else image
+        norms.append(norm)
+    return norms[0] * norms[1]

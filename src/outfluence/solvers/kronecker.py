@@ -1,0 +1,234 @@
+"""Kronecker-factored inverses of the Fisher: K-FAC and EK-FAC.
+
+For a linear layer with inputs a (a one appended for the bias) and output gradients d, the gradient of a sample is
+``sum_t d_t a_t^T`` over its T positions. K-FAC (Martens & Grosse 2015) takes the Fisher of a layer to be
+``E[d d^T] (x) E[a a^T]``; with positions, ``G = sum_nt d d^T / N`` and ``A = sum_nt a a^T / (N T)`` ("expand",
+Eschenhagen et al. 2023). EK-FAC (George et al. 2018) keeps the eigenvectors and replaces the products of eigenvalues
+by the second moments of the gradients in that basis, which are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name torch's documentation uses
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from outfluence.curvature import BATCH_SIZE
+from outfluence.data import Batch, Data, describe, tree_leaves
+from outfluence.errors import ProblemError, SingularMatrixError
+from outfluence.layers import LinearLayer, check_layers, linear_layers, record, sum_of_losses
+from outfluence.modes import FisherMode
+from outfluence.problem import Problem
+from outfluence.rows import DenseRows
+from outfluence.solvers import Regularization, per_block
+
+
+@dataclass(frozen=True)
+class KroneckerSolver:
+    """K-FAC, or EK-FAC with ``update_diagonal``.
+
+    Args:
+        regularization: lambda, one for all layers or one for each.
+        update_diagonal: correct the eigenvalues (EK-FAC); costs a second pass over the data.
+        fisher: whose labels the output gradients are taken at.
+        seed: of the sampled labels. Sample i gets the same draw whatever the batches.
+        progress: show a bar over the data.
+    """
+
+    regularization: Regularization = 0.0
+    update_diagonal: bool = False
+    fisher: FisherMode = FisherMode.SAMPLED
+    seed: int = 0
+    progress: bool = False
+
+    def fit(self, problem: Problem, data: Data) -> KroneckerInverse:
+        """One pass over the data for the covariances, one more for the eigenvalues if they are corrected.
+
+        Raises:
+            UnsupportedLayerError: naming a layer with trainable parameters that is not linear.
+            ProblemError: if labels are to be drawn from the model and the loss is not cross entropy.
+            SingularMatrixError: if a layer's regularized curvature has no inverse.
+        """
+        layers = linear_layers(problem)
+        if self.fisher is not FisherMode.EMPIRICAL:
+            _check_cross_entropy(problem)
+        regularization = per_block(self.regularization, problem)
+        check_layers(problem, layers, data.rows(slice(0, min(4, len(data)))))
+
+        new = {"dtype": problem.dtype, "device": problem.device}
+        inputs = {name: torch.zeros(layer.d_in, layer.d_in, **new) for name, layer in layers.items()}
+        outputs = {name: torch.zeros(layer.d_out, layer.d_out, **new) for name, layer in layers.items()}
+        for name, a, d, weight, first in self._moments(problem, layers, data, "covariances"):
+            if first:
+                flat = a.flatten(0, 1)
+                inputs[name] += flat.T @ flat / (a.shape[1] * len(data))
+            flat = d.flatten(0, 1)
+            outputs[name] += (flat * weight.repeat_interleave(d.shape[1])[:, None]).T @ flat / len(data)
+        bases = {name: (_eigh(outputs[name]), _eigh(inputs[name])) for name in layers}
+        eigenvalues = {name: torch.outer(g[0], a[0]) for name, (g, a) in bases.items()}
+        vectors = {name: (g[1], a[1]) for name, (g, a) in bases.items()}
+
+        if self.update_diagonal:
+            eigenvalues = {name: torch.zeros_like(value) for name, value in eigenvalues.items()}
+            for name, a, d, weight, _ in self._moments(problem, layers, data, "eigenvalues"):
+                q_out, q_in = vectors[name]
+                rotated_d, rotated_a = d @ q_out, a @ q_in
+                if a.shape[1] == 1:  # squared entries of an outer product factor: no per-sample gradient is formed
+                    square = (rotated_d[:, 0].square() * weight[:, None]).T @ rotated_a[:, 0].square()
+                else:
+                    square = torch.einsum("noi,n->oi", (rotated_d.mT @ rotated_a).square(), weight)
+                eigenvalues[name] += square / len(data)
+        return KroneckerInverse(layers, vectors, eigenvalues, regularization)
+
+    def options(self) -> dict[str, Any]:
+        """What the fit depends on."""
+        return {"update_diagonal": self.update_diagonal, "fisher": str(self.fisher), "seed": self.seed}
+
+    def _moments(
+        self, problem: Problem, layers: dict[str, LinearLayer], data: Data, what: str
+    ) -> Iterator[tuple[str, Tensor, Tensor, Tensor, bool]]:
+        """For each batch, label and layer: its block, inputs, output gradients, sample weights, and whether the inputs
+        are new (they are the same for every label of the exact expectation).
+        """
+        size, start = data.batch_size or BATCH_SIZE, 0
+        steps = tqdm(data.batches(size), what, total=-(-len(data) // size), disable=not self.progress)
+        for batch in steps:
+            recording = record(problem, layers, batch.x)
+            draws = list(self._labels(problem, recording.output, batch, start))
+            for i, (loss, weight) in enumerate(draws):
+                gradients = recording.output_gradients(loss, keep=i + 1 < len(draws))
+                for name in layers:
+                    yield name, recording.inputs[name], gradients[name], weight, i == 0
+            start += len(weight)
+
+    def _labels(
+        self, problem: Problem, output: Any, batch: Batch, start: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each set of labels the summed loss and the weight of each sample."""
+        if self.fisher is FisherMode.EMPIRICAL:
+            n = len(tree_leaves(batch.x)[0])
+            weight = torch.ones(n, dtype=problem.dtype, device=problem.device)
+            yield sum_of_losses(problem, output, problem.on_device(batch.y)), weight
+            return
+        if not isinstance(output, Tensor) or output.ndim != 2:
+            raise ProblemError(
+                f"to draw labels the model must give one row of class scores per sample, (n, classes); it gives "
+                f"{describe(output)}. Use fisher='empirical'."
+            )
+        probabilities = output.detach().softmax(dim=1)
+        if self.fisher is FisherMode.SAMPLED:
+            uniform = torch.from_numpy(uniform_draws(self.seed, start, start + len(output))).to(output.device)
+            below = probabilities.double().cumsum(1) < uniform[:, None]
+            labels = below.sum(1).clamp(max=output.shape[1] - 1)
+            yield F.cross_entropy(output, labels, reduction="sum"), output.new_ones(len(output)).detach()
+            return
+        for label in range(output.shape[1]):
+            labels = torch.full((len(output),), label, device=output.device)
+            yield F.cross_entropy(output, labels, reduction="sum"), probabilities[:, label]
+
+
+@dataclass(frozen=True)
+class KroneckerInverse:
+    """``Q (Lambda + lambda)^-1 Q^T`` per layer, ``Q = Q_out (x) Q_in``.
+
+    Attributes:
+        layers: the layer of each block.
+        vectors: per block ``Q_out (d_out, d_out)`` and ``Q_in (d_in, d_in)``, eigenvectors as columns.
+        eigenvalues: Lambda, per block ``(d_out, d_in)``.
+        regularization: lambda, per block.
+
+    Raises:
+        SingularMatrixError: if an eigenvalue plus its regularization is zero.
+    """
+
+    layers: Mapping[str, LinearLayer]
+    vectors: Mapping[str, tuple[Tensor, Tensor]]
+    eigenvalues: Mapping[str, Tensor]
+    regularization: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        for name, values in self.eigenvalues.items():
+            smallest, largest = (v.item() + self.regularization[name] for v in values.aminmax())
+            if not smallest > torch.finfo(values.dtype).eps * largest:
+                raise SingularMatrixError(
+                    f"layer {name!r} has no inverse at hessian_regularization {self.regularization[name]:g}: its "
+                    f"smallest eigenvalue is {values.amin().item():.1e}, its largest {values.amax().item():.1e}. Raise "
+                    f"it; a tenth of the mean eigenvalue, {values.mean().item() / 10:.1e}, is a usual choice."
+                )
+
+    def left(self, gradients: DenseRows) -> DenseRows:
+        """``Q_out (Q_out^T g Q_in / (Lambda + lambda)) Q_in^T``, g the gradient matrix of a sample and layer."""
+        solved = []
+        for name, rotated, damped in self._rotated(gradients):
+            q_out, q_in = self.vectors[name]
+            solved.append(self.layers[name].to_rows(q_out @ (rotated / damped) @ q_in.T))
+        return gradients.with_arrays({"values": torch.cat(solved, dim=1)})
+
+    def right(self, gradients: DenseRows) -> DenseRows:
+        """The gradients."""
+        return gradients
+
+    def quadratic(self, gradients: DenseRows) -> Tensor:
+        """The squared entries in the eigenbasis, over the eigenvalues: half the work of `left`."""
+        parts = [(rotated.square() / damped).sum((1, 2)) for _, rotated, damped in self._rotated(gradients)]
+        return torch.stack(parts).sum(0)
+
+    def with_regularization(self, regularization: Mapping[str, float]) -> Self:
+        """The same eigenvectors and eigenvalues."""
+        return replace(self, regularization=dict(regularization))
+
+    def to(self, device: torch.device | str) -> Self:
+        """On a device."""
+        return replace(
+            self,
+            vectors={name: (g.to(device), a.to(device)) for name, (g, a) in self.vectors.items()},
+            eigenvalues={name: value.to(device) for name, value in self.eigenvalues.items()},
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Eigenvectors and eigenvalues."""
+        vectors = sum(g.nbytes + a.nbytes for g, a in self.vectors.values())
+        return vectors + sum(value.nbytes for value in self.eigenvalues.values())
+
+    def _rotated(self, gradients: DenseRows) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Per layer its block, the gradient matrices in the eigenbasis, and ``Lambda + lambda``."""
+        for name, part in gradients.by_block().items():
+            q_out, q_in = self.vectors[name]
+            rotated = q_out.T @ self.layers[name].to_matrix(part) @ q_in
+            yield name, rotated, self.eigenvalues[name] + self.regularization[name]
+
+
+def uniform_draws(seed: int, start: int, stop: int) -> np.ndarray:
+    """Uniform numbers in (0, 1] for samples ``start`` to ``stop - 1``: float64, one a sample, from a counter.
+
+    A sample's number depends on the seed and its index only, so that batches, chunks and workers do not matter
+    (Philox, Salmon et al. 2011; a step of its counter gives four words, of which the first is used).
+    """
+    bits = np.random.Philox(key=seed)
+    bits.advance(start)
+    words = bits.random_raw(4 * (stop - start))[::4]
+    return ((words >> np.uint64(11)) + 1) * 2.0**-53
+
+
+def _check_cross_entropy(problem: Problem) -> None:
+    loss: Callable[..., Any] = problem.loss
+    plain_module = isinstance(loss, nn.CrossEntropyLoss) and loss.weight is None and loss.label_smoothing == 0
+    if loss is not F.cross_entropy and not plain_module:
+        raise ProblemError(
+            "labels are drawn from the model for plain cross entropy only (torch.nn.functional.cross_entropy or "
+            "torch.nn.CrossEntropyLoss without weights and smoothing). For another loss use fisher='empirical', which "
+            "takes the labels of the data."
+        )
+
+
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, none below zero, and eigenvectors as columns; in float64, whatever the type."""
+    values, vectors = torch.linalg.eigh(matrix.double())
+    return values.clamp(min=0).to(matrix.dtype), vectors.to(matrix.dtype)

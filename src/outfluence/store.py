@@ -1,0 +1,315 @@
+"""`Store`: one Zarr group on a file system. zarr and xarray read it without our help; `docs/format.md` describes it.
+
+A chunk is written by exactly one task, whole. When a task has written all its chunks and read them back, it leaves a
+receipt. What has a receipt is never computed again; what has none is computed as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import tempfile
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec
+
+from outfluence.errors import StoreError, StoreMismatchError
+
+#: Version of the layout, in the attributes of every store.
+FORMAT_VERSION = 1
+
+#: The attribute of the root group that says what made the store.
+ATTRIBUTE = "outfluence"
+
+_RECEIPTS, _INPUTS = "receipts", "inputs"
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """An array of a store, before it exists.
+
+    Attributes:
+        path: its path in the group.
+        shape: its shape.
+        chunks: shape of its chunks; each is written by one task.
+        dtype: numpy name of its type.
+        dims: names of its axes, as xarray shows them.
+        attributes: what is said about it.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dtype: str
+    dims: tuple[str, ...]
+    attributes: Mapping[str, Any]
+
+
+class Store:
+    """A store that exists. `Store.create` makes one, `Store.find` looks for one.
+
+    Args:
+        path: the folder of its root group.
+
+    Raises:
+        StoreError: if there is none, or a newer version of this package wrote it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).absolute()
+        try:
+            self.group = zarr.open_group(str(self.path), mode="r+")
+            self.about: dict[str, Any] = dict(self.group.attrs[ATTRIBUTE])  # type: ignore[call-overload]
+        except (FileNotFoundError, KeyError, NotADirectoryError, zarr.errors.ContainsArrayError) as error:
+            raise StoreError(f"{self.path} is no store of outfluence") from error
+        version = self.about["format_version"]
+        if version > FORMAT_VERSION:
+            raise StoreError(
+                f"{self.path} has format {version}, this version of outfluence reads up to {FORMAT_VERSION}: upgrade"
+            )
+
+    def __repr__(self) -> str:
+        done = ", ".join(f"{name} {n:,} of {total:,}" for name, (n, total) in self.progress().items())
+        return f"Store({str(self.path)!r}, tasks done: {done})"
+
+    @classmethod
+    def find(cls, path: str | os.PathLike[str]) -> Store | None:
+        """The store at a path, or None if the path is free.
+
+        Raises:
+            StoreMismatchError: if something else is there.
+        """
+        path = Path(path).absolute()
+        if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
+            return None
+        try:
+            return cls(path)
+        except StoreError as error:
+            raise StoreMismatchError(
+                f"{error}, but something is there. Choose another path, or remove it yourself."
+            ) from error
+
+    @classmethod
+    def create(
+        cls, path: str | os.PathLike[str], specs: Sequence[ArraySpec], coordinates: Mapping[str, int], about: dict[str, Any]
+    ) -> Store:
+        """Make a store, all its arrays filled with NaN. It appears at its path whole or not at all.
+
+        Args:
+            path: where; must be free.
+            specs: its arrays.
+            coordinates: dimensions that get an index ``0 ... n - 1``, with n.
+            about: what made it: "identity", "plan", "tasks" (number by stage), and whatever else is worth keeping.
+
+        Raises:
+            StoreError: if the path cannot be written.
+        """
+        path = Path(path).absolute()
+        made: Path | None = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            made = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+            made.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+            _lay_out(made, specs, coordinates, {"format_version": FORMAT_VERSION, **about})
+            if path.is_dir():
+                path.rmdir()  # find() said that it is free: an empty folder
+            made.rename(path)
+        except OSError as error:
+            if made is not None:
+                shutil.rmtree(made, ignore_errors=True)
+            raise StoreError(
+                f"cannot write a store at {path}: {error.strerror or error}. Choose a path that you may write to."
+            ) from error
+        return cls(path)
+
+    def remove(self) -> None:
+        """Delete this store."""
+        aside = self.path.with_name(f".{self.path.name}.removed-{os.getpid()}")
+        self.path.rename(aside)  # at once, so that no half-deleted store is taken for one
+        shutil.rmtree(aside)
+
+    def require(self, identity: Mapping[str, Any]) -> None:
+        """Check that this store was made by the same job.
+
+        Raises:
+            StoreMismatchError: saying what differs.
+        """
+        stored, now = _flat(self.about["identity"]), _flat(json.loads(json.dumps(identity)))
+        differing = [
+            f"{key} (stored: {stored.get(key, 'nothing')}, now: {now.get(key, 'nothing')})"
+            for key in dict.fromkeys([*stored, *now])
+            if stored.get(key) != now.get(key)
+        ]
+        if differing:
+            raise StoreMismatchError(
+                f"{self.path} was made by something else; these differ: {'; '.join(differing)}. Choose another path, or "
+                "pass overwrite=True to replace it."
+            )
+
+    def read(self, path: str, region: tuple[slice, ...]) -> np.ndarray:
+        """A region of an array."""
+        return np.asarray(self._array(path)[region])
+
+    def write(self, path: str, region: tuple[slice, ...], block: np.ndarray) -> int:
+        """Write whole chunks of an array, down to the disk, and read them back.
+
+        Returns:
+            A checksum (CRC-32) of the block's bytes.
+
+        Raises:
+            StoreError: if what is read back is not what was written, or the disk refuses.
+        """
+        array = self._array(path)
+        block = np.ascontiguousarray(block)
+        if block.dtype != array.dtype:
+            raise StoreError(f"{path} holds {array.dtype}, not {block.dtype}")
+        try:
+            array[region] = block
+            for file in self._chunk_files(path, array, region):
+                _sync(file)
+        except OSError as error:
+            raise StoreError(f"cannot write {path} in {self.path}: {error.strerror or error}") from error
+        checksum = zlib.crc32(memoryview(block).cast("B"))
+        if zlib.crc32(memoryview(np.ascontiguousarray(array[region])).cast("B")) != checksum:
+            raise StoreError(f"{path} in {self.path} reads back differently: the disk or its network is not reliable")
+        return checksum
+
+    def leave_receipt(self, stage: str, task: int, receipt: Mapping[str, Any]) -> None:
+        """Declare a task done. Call it last: after its data is written."""
+        folder = self.path / _RECEIPTS
+        folder.mkdir(exist_ok=True)
+        _write_whole(folder / f"{stage}-{task:08d}.json", json.dumps(receipt).encode())
+
+    def done(self, stage: str) -> set[int]:
+        """The tasks of a stage that have left a receipt; one directory listing."""
+        names = os.listdir(self.path / _RECEIPTS) if (self.path / _RECEIPTS).exists() else []
+        ours = (name for name in names if name.startswith(f"{stage}-") and name.endswith(".json"))
+        return {int(name.removesuffix(".json").rpartition("-")[2]) for name in ours}
+
+    def receipts(self, stage: str) -> list[dict[str, Any]]:
+        """The receipts of a stage, in order of its tasks."""
+        folder = self.path / _RECEIPTS
+        return [json.loads((folder / f"{stage}-{task:08d}.json").read_bytes()) for task in sorted(self.done(stage))]
+
+    def progress(self) -> dict[str, tuple[int, int]]:
+        """For each stage the number of tasks done, and of all."""
+        return {stage: (len(self.done(stage)), total) for stage, total in self.about["tasks"].items()}
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every task has left its receipt."""
+        return all(done >= total for done, total in self.progress().values())
+
+    # What a run keeps beside the results while it lasts.
+
+    def put_input(self, role: str, name: str, n_rows: int, blocks: Iterator[np.ndarray]) -> zarr.Array[Any]:
+        """Write an input that lived in memory, so that workers, also restarted ones, find it."""
+        first = next(blocks)
+        array = zarr.create_array(
+            str(self.path / _INPUTS / role),
+            name=name,
+            shape=(n_rows, *first.shape[1:]),
+            chunks=(min(len(first), 1024), *first.shape[1:]),
+            dtype=first.dtype,
+            compressors=None,
+            overwrite=True,
+        )
+        start = 0
+        for block in itertools.chain([first], blocks):
+            array[start : start + len(block)] = block
+            start += len(block)
+        return zarr.open_array(str(self.path / _INPUTS / role / name), mode="r")
+
+    def put_recipe(self, recipe: bytes) -> Path:
+        """Write what workers need to know."""
+        file = self.path / _INPUTS / "recipe.pkl"
+        file.parent.mkdir(exist_ok=True)
+        _write_whole(file, recipe)
+        return file
+
+    def drop_inputs(self) -> None:
+        """Forget inputs and recipe: the results are complete."""
+        shutil.rmtree(self.path / _INPUTS, ignore_errors=True)
+
+    def _array(self, path: str) -> zarr.Array[Any]:
+        array = self.group[path]
+        assert isinstance(array, zarr.Array)
+        return array
+
+    def _chunk_files(self, path: str, array: zarr.Array[Any], region: tuple[slice, ...]) -> Iterator[Path]:
+        ranges = []
+        for axis, size in enumerate(array.shape):
+            start, stop, _ = (region[axis] if axis < len(region) else slice(None)).indices(size)
+            chunk = array.chunks[axis]
+            if start % chunk or (stop % chunk and stop != size):
+                raise StoreError(f"{path}: {region} is not made of whole chunks of {array.chunks}")
+            ranges.append(range(start // chunk, -(-stop // chunk)))
+        for index in itertools.product(*ranges):
+            yield self.path.joinpath(path, "c", *map(str, index))
+
+
+def _lay_out(
+    folder: Path, specs: Sequence[ArraySpec], coordinates: Mapping[str, int], about: dict[str, Any]
+) -> None:
+    group = zarr.create_group(str(folder), zarr_format=3, overwrite=True, attributes={ATTRIBUTE: about})
+    for dim, n in coordinates.items():
+        index = group.create_array(
+            dim, shape=(n,), chunks=(min(n, 1 << 20),), dtype="int64", dimension_names=(dim,), compressors=None
+        )
+        index[:] = np.arange(n)
+    for spec in specs:
+        group.create_array(
+            spec.path,
+            shape=spec.shape,
+            chunks=spec.chunks,
+            dtype=spec.dtype,
+            fill_value=float("nan"),  # what is not computed yet is not a number, and no chunk equals it
+            filters=None,
+            compressors=[Crc32cCodec()],  # scores do not compress, but a flipped bit must not be read in silence
+            dimension_names=spec.dims,
+            attributes=dict(spec.attributes),
+        )
+    with warnings.catch_warnings():
+        # Consolidated metadata is an extension of the Zarr 3 specification; xarray looks for it and warns without.
+        warnings.filterwarnings("ignore", message="Consolidated metadata")
+        zarr.consolidate_metadata(str(folder))
+
+
+def _write_whole(file: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all, also after a power cut."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    with os.fdopen(handle, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, file)
+    _sync(file.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}".lstrip(".")).items()}
