@@ -36,26 +36,11 @@ def influential_images(
     """
     chosen = scores.isel(test=list(test))
     helpful, harmful = top_k(chosen, k), top_k(chosen, k, largest=False)
-    figure = Figure(figsize=(1.15 * (2 * k + 2), 1.45 * len(test)), layout="constrained")
-    axes = figure.subplots(len(test), 2 * k + 2, squeeze=False, gridspec_kw={"width_ratios": [1, *[1] * k, 0.3, *[1] * k]})
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for row, i in enumerate(test):
-        _image(axes[row, 0], test_images[i], test_titles[i], "black")
-        for first, ranked, colour in ((1, helpful, _GREEN), (k + 2, harmful, _RED)):
-            for rank, j in enumerate(ranked["train"].values[row]):
-                _image(axes[row, first + rank], train_images[j], train_titles[j], colour)
-    # Headings stand above the groups of columns: as a second line over the first row's middle image.
-    for column, text, colour in (
-        (0, "test image", "black"),
-        (1 + k // 2, f"{k} most helpful training images", _GREEN),
-        (k + 2 + k // 2, f"{k} most harmful training images", _RED),
-    ):
-        axis = axes[0, column]
-        axis.annotate(
-            text, (0.5, 1), xytext=(0, 22), xycoords="axes fraction", textcoords="offset points", ha="center",
-            weight="bold", color=colour, annotation_clip=False,
-        )
+    figure = Figure(figsize=(1.1 * (2 * k + 1) + 0.6, 1.3 * len(test) + 0.5), layout="constrained")
+    parts = figure.subfigures(1, 3, width_ratios=[1.2, k, k])
+    _images(parts[0], "test image", "black", test_images, test_titles, np.asarray(test)[:, None])
+    for part, what, colour, ranked in ((parts[1], "helpful", _GREEN, helpful), (parts[2], "harmful", _RED, harmful)):
+        _images(part, f"{k} most {what} training images", colour, train_images, train_titles, ranked["train"].values)
     return figure
 
 
@@ -66,21 +51,26 @@ def label_errors(self_influences: Any, is_wrong: Any) -> Figure:
         self_influences: ``(n,)``.
         is_wrong: ``(n,)``, true where the label is wrong.
     """
+    is_wrong = np.asarray(is_wrong, dtype=bool)
     curve = detection_curve(self_influences, is_wrong)
     share = np.arange(1, len(curve) + 1) / len(curve)
-    wrong = float(np.mean(is_wrong))
+    wrong = is_wrong.mean()
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
     axis.plot(100 * share, 100 * curve, color=_BLUE, label="by self-influence")
     axis.plot([0, 100 * wrong, 100], [0, 100, 100], color=_GREY, ls=":", label="perfect")
     axis.plot([0, 100], [0, 100], color=_GREY, ls="--", label="chance")
     axis.set(xlabel="training samples checked (%)", ylabel="wrong labels found (%)", xlim=(0, 100), ylim=(0, 102))
-    axis.set_title(f"{int(np.sum(is_wrong))} wrong labels among {len(curve):,}")
+    axis.set_title(f"{is_wrong.sum()} wrong labels among {len(curve):,}")
     axis.legend(loc="lower right", frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def _image(axis: Any, image: Any, title: str, colour: str) -> None:
-    axis.imshow(np.asarray(image), cmap="gray_r")
-    axis.set_title(title, fontsize=8, color=colour, pad=2)
+def _images(figure: Any, heading: str, colour: str, images: Any, titles: Sequence[str], index: np.ndarray) -> None:
+    """Draw ``images[index]`` as a grid of the shape of ``index``."""
+    figure.suptitle(heading, weight="bold", color=colour, fontsize=10)
+    for axis, i in zip(figure.subplots(*index.shape, squeeze=False).flat, index.flat, strict=True):
+        axis.imshow(np.asarray(images[i]), cmap="gray_r")
+        axis.set_title(titles[i], fontsize=7, color=colour, pad=2)
+        axis.set_axis_off()

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.func import functional_call, grad, vjp, vmap
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -163,8 +163,8 @@ class Problem:
     def mixed_derivatives(self, directions: Tensor, x: Tree, y: Tree) -> Tensor:
         """Derivatives with respect to the features of directional derivatives with respect to the parameters.
 
-        For a direction s and a sample j: ``d/dx (s . grad loss(x_j, y_j))``, by one forward-over-reverse product per
-        direction; the mixed second derivative itself, (features, P), never exists.
+        For a direction s and a sample j: ``d/dx (s . grad loss(x_j, y_j))``, by one reverse-over-reverse product per
+        direction and batch; the mixed second derivative itself, (features, P), never exists.
 
         Args:
             directions: ``(m, P)``.
@@ -186,24 +186,16 @@ class Problem:
             )
         (features,) = (leaf for leaf in tree_leaves(x) if leaf.is_floating_point())
 
-        def with_features(value: Tensor, sample: Tree) -> Tree:
-            return tree_map(lambda leaf: value if leaf.is_floating_point() else leaf, sample)
-
-        def by_features(parameters: dict[str, Tensor], value: Tensor, sample: Tree, label: Tree) -> Tensor:
-            # jacrev of a scalar, not grad: jvp over grad fails for some losses (mse_loss in torch 2.13).
-            return jacrev(lambda v: self.sample_loss(parameters, with_features(v, sample), label))(value)
-
-        in_dims = (None, 0, 0, None if y is None else 0)
         parameters = self.parameters
 
-        def product(direction: dict[str, Tensor]) -> Tensor:
-            def gradient(p: dict[str, Tensor]) -> Tensor:
-                return vmap(by_features, in_dims=in_dims)(p, features, x, y)
+        def summed_gradient(values: Tensor) -> dict[str, Tensor]:
+            inputs = tree_map(lambda leaf: values if leaf.is_floating_point() else leaf, x)
+            return grad(self.sum_loss)(parameters, inputs, y)
 
-            derivative: Tensor = jvp(gradient, (parameters,), (direction,))[1]
-            return derivative
-
-        return vmap(product, chunk_size=DIRECTIONS)(self.unflatten(directions))
+        # The derivative of s . (sum of gradients) by the features of sample j is that of its own gradient. The graph of
+        # the gradient is built once; a direction costs one pass backward through it.
+        pull = vjp(summed_gradient, features)[1]
+        return vmap(lambda s: pull(s)[0], chunk_size=DIRECTIONS)(self.unflatten(directions))
 
     def on_device(self, tree: Tree) -> Tree:
         """A tree of tensors where the parameters are."""
@@ -239,9 +231,8 @@ class Problem:
         kept: dict[int, int] = {}
 
         def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
+            if tensor.untyped_storage().data_ptr() not in own:
+                kept[tensor.data_ptr()] = max(tensor.nbytes, kept.get(tensor.data_ptr(), 0))
             return tensor
 
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
