@@ -93,8 +93,12 @@ def main():
 
     chosen = most_wrong(model, *test)
     pictures = RUNS / "demo-images.png", RUNS / "demo-label-errors.png"
-    train_titles = [f"{y} (flipped)" if flipped else f"{y}" for y, flipped in zip(train[1].tolist(), is_wrong, strict=True)]
-    test_titles = [f"{y}, seen as {p}" for y, p in zip(test[1].tolist(), model(test[0]).argmax(1).tolist(), strict=True)]
+    train_titles = [
+        f"{y} (flipped)" if flipped else f"{y}" for y, flipped in zip(train[1].tolist(), is_wrong, strict=True)
+    ]
+    test_titles = [
+        f"{y}, seen as {p}" for y, p in zip(test[1].tolist(), model(test[0]).argmax(1).tolist(), strict=True)
+    ]
     images = [x.reshape(-1, 28, 28).numpy() for x in (test[0], train[0])]
     influential_images(result["scores"], *images, test_titles, train_titles, chosen).savefig(pictures[0], dpi=110)
     label_errors(selves, is_wrong).savefig(pictures[1], dpi=110)
@@ -128,9 +132,11 @@ def report(plan, clock):
     print("Planned and measured")
     for worker in sorted({receipt["worker"] for receipt in receipts}):
         peak = max(receipt["peak_bytes"] for receipt in receipts if receipt["worker"] == worker)
-        print(f"  peak memory of worker {worker.partition(':')[2]}: planned {format_bytes(plan.peak)}, measured {format_bytes(peak)}")
+        process, planned = worker.partition(":")[2], format_bytes(plan.peak)
+        print(f"  peak memory of worker {process}: planned {planned}, measured {format_bytes(peak)}")
     written = sum(receipt["bytes_written"] for receipt in receipts)
-    print(f"  written: planned {format_bytes(plan.bytes_written)}, measured {format_bytes(written)}, {len(receipts)} tasks")
+    planned = format_bytes(plan.bytes_written)
+    print(f"  written: planned {planned}, measured {format_bytes(written)}, in {len(receipts)} tasks")
 
 
 if __name__ == "__main__":

@@ -75,9 +75,11 @@ def gauss_newton(model, loss, x, y, names=None):
     for i in range(n_samples(x)):
         output = call(model, take(x, i))
         entries = output.reshape(-1)
-        jacobian = torch.stack([flat(torch.autograd.grad(e, parameters, retain_graph=True), parameters) for e in entries])
+        jacobian = torch.stack(
+            [flat(torch.autograd.grad(e, parameters, retain_graph=True), parameters) for e in entries]
+        )
         curvature = torch.autograd.functional.hessian(
-            lambda z, i=i: loss(z.reshape(output.shape), take(y, i)), entries.detach()
+            lambda z, shape=output.shape, i=i: loss(z.reshape(shape), take(y, i)), entries.detach()
         )
         total += (jacobian.T @ curvature @ jacobian).numpy()
     return total / n_samples(x)
@@ -106,7 +108,7 @@ def perturbations(model, loss, matrix, regularization, left, x, y):
 
 
 def layer_moments(model, layer, x, labels, weights):
-    """For each sample, label and position: input (one appended for a bias), output gradient, weight, number of positions.
+    """For each sample and label: inputs (T, d_in), a one appended for a bias; output gradients (T, d_out); weight.
 
     `labels` is (n, k): k labels for each sample, each weighing `weights` (n, k).
     """
@@ -122,7 +124,10 @@ def layer_moments(model, layer, x, labels, weights):
         for label, weight in zip(labels[i], weights[i], strict=True):
             work = torch.nn.functional.cross_entropy(model(x[i : i + 1]), label.reshape(1))
             work.backward()
-            a, d = seen["a"].reshape(-1, seen["a"].shape[-1]), seen["out"].grad.reshape(-1, seen["out"].shape[-1])
+            a, d = (
+                seen["a"].reshape(-1, seen["a"].shape[-1]),
+                seen["out"].grad.reshape(-1, seen["out"].shape[-1]),
+            )
             if layer.bias is not None:
                 a = torch.cat([a, torch.ones(len(a), 1, dtype=a.dtype)], dim=1)
             rows.append((a.numpy(), d.numpy(), float(weight)))
@@ -133,8 +138,8 @@ def layer_moments(model, layer, x, labels, weights):
 def kronecker_matrix(model, layer, x, labels, weights, update_diagonal):
     """(P_layer, P_layer) in the order of vec(W) row by row, bias as last column: K-FAC or EK-FAC, dense.
 
-    K-FAC: G (x) A, G = sum_nt d d^T / N, A = sum_nt a a^T / (N T). EK-FAC (George et al. 2018): its Kronecker eigenbasis
-    U, and the diagonal E[(U^T vec(D^T A))^2].
+    K-FAC: G (x) A, G = sum_nt d d^T / N, A = sum_nt a a^T / (N T). EK-FAC (George et al. 2018): its Kronecker
+    eigenbasis U, and the diagonal E[(U^T vec(D^T A))^2].
     """
     model = copy.deepcopy(model) if layer is model else model
     rows, n = layer_moments(model, layer, x, labels, weights), len(x)
@@ -152,5 +157,8 @@ def kronecker_matrix(model, layer, x, labels, weights, update_diagonal):
 def bias_last(rows, d_out, d_in):
     """Gradient rows in the order of the package (weight, then bias) as vec of [W | b]."""
     n = len(rows)
-    weight, bias = rows[:, : d_out * d_in].reshape(n, d_out, d_in), rows[:, d_out * d_in :].reshape(n, d_out, -1)
+    weight, bias = (
+        rows[:, : d_out * d_in].reshape(n, d_out, d_in),
+        rows[:, d_out * d_in :].reshape(n, d_out, -1),
+    )
     return np.concatenate([weight, bias], axis=2).reshape(n, -1)

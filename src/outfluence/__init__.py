@@ -28,7 +28,7 @@ _HOME = {
     "top_k": "analysis",
 }
 
-__all__ = [  # noqa: RUF022 - as _HOME
+__all__ = [
     "BlockMode",
     "DaskInfluenceCalculator",
     "Data",

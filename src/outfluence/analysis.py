@@ -68,7 +68,9 @@ def top_k(scores: xr.Dataset | xr.DataArray | str | os.PathLike[str], k: int, *,
     if not 1 <= k <= array.sizes["train"]:
         raise DataError(f"k must be between 1 and the {array.sizes['train']} training samples, not {k}")
     labels = array["train"].values if "train" in array.coords else np.arange(array.sizes["train"])
-    chunks = dict(zip(array.dims, array.chunks, strict=True)) if array.chunks else {d: (n,) for d, n in array.sizes.items()}
+    chunks = (
+        dict(zip(array.dims, array.chunks, strict=True)) if array.chunks else {d: (n,) for d, n in array.sizes.items()}
+    )
     best = []
     for rows in _slices(chunks["test"]):
         values = np.empty((rows.stop - rows.start, 0), array.dtype)
@@ -76,7 +78,9 @@ def top_k(scores: xr.Dataset | xr.DataArray | str | os.PathLike[str], k: int, *,
         for columns in _slices(chunks["train"]):
             block = array[rows, columns].values
             values = np.concatenate([values, block], axis=1)
-            index = np.concatenate([index, np.broadcast_to(np.arange(columns.start, columns.stop), block.shape)], axis=1)
+            index = np.concatenate(
+                [index, np.broadcast_to(np.arange(columns.start, columns.stop), block.shape)], axis=1
+            )
             # Stable, and earlier columns stand first: of equal scores the lower index stays.
             order = np.argsort(-values if largest else values, axis=1, kind="stable")[:, :k]
             values, index = np.take_along_axis(values, order, 1), np.take_along_axis(index, order, 1)

@@ -1,54 +1,42 @@
 """Calculators: map an influence model over data, chunk by chunk, following a plan, into a store.
 
-The one module that knows both halves. A calculator only collects what a run needs and says who computes; the tasks at
-the bottom of this file are the same everywhere, and give the same numbers.
+A calculator only collects what a run needs and says who computes; the tasks (`tasks`) are the same everywhere, and give
+the same numbers.
 """
 
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import os
-import pickle
 import platform
-import resource
 import shutil
-import socket
-import sys
 import tempfile
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
 import cloudpickle
 import numpy as np
 import psutil
-import torch
 import xarray as xr
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from outfluence.analysis import open_influences
-from outfluence.data import Data, DataLike, to_numpy, tree_leaves
+from outfluence.data import Data, DataLike, tree_leaves
 from outfluence.errors import ClusterError, DataError, PlanError, RunError, StoreMismatchError
 from outfluence.executors import DaskExecutor, Executor, SequentialExecutor, dask_executor
 from outfluence.influence import InfluenceModel
 from outfluence.modes import InfluenceMode
-from outfluence.plan import Plan, Work, make_plan, parse_bytes
-from outfluence.problem import DIRECTIONS
-from outfluence.rows import DenseRows, check_finite
+from outfluence.plan import Plan, make_plan, parse_bytes
 from outfluence.store import ArraySpec, Store
+from outfluence.tasks import FACTORS, SCORES, SELVES, Job, forget, length, remote_task, run_task, version_of
 
 #: Columns of a chunk of the stored factors: bounds the size of its files.
 _FACTOR_COLUMNS = 1 << 16
-
-#: Where factors, scores and self-influences are in a store.
-FACTORS, SCORES, SELVES = "factors/values", "scores", "self_influences"
 
 
 class InfluenceCalculator(ABC):
@@ -72,7 +60,7 @@ class InfluenceCalculator(ABC):
         Raises:
             OutfluenceError: whatever would make the run fail, before any work.
         """
-        return self._lazy(_Job(self.model, test=Data.of(test)), memory_limit)
+        return self._lazy(Job(self.model, test=Data.of(test)), memory_limit)
 
     def influences(
         self,
@@ -101,7 +89,7 @@ class InfluenceCalculator(ABC):
         Raises:
             OutfluenceError: whatever would make the run fail, before any work.
         """
-        job = _Job(
+        job = Job(
             self.model,
             test=Data.of(test),
             train=Data.of(train),
@@ -136,7 +124,7 @@ class InfluenceCalculator(ABC):
         Raises:
             DataError: if the factors do not have one column for each parameter.
         """
-        job = _Job(
+        job = Job(
             self.model,
             factors=_factor_data(factors, self.model),
             train=Data.of(train),
@@ -157,7 +145,7 @@ class InfluenceCalculator(ABC):
             memory_limit: see `influence_factors`.
             train_chunk: see `influences`.
         """
-        job = _Job(self.model, train=Data.of(train), self_influences=True)
+        job = Job(self.model, train=Data.of(train), self_influences=True)
         return self._lazy(job, memory_limit, None, train_chunk)
 
     @abstractmethod
@@ -166,7 +154,7 @@ class InfluenceCalculator(ABC):
 
     def _lazy(
         self,
-        job: _Job,
+        job: Job,
         memory_limit: str | int | None,
         test_chunk: int | None = None,
         train_chunk: int | None = None,
@@ -235,7 +223,7 @@ class LazyInfluences:
         plan: chunk sizes, tasks and projected memory.
     """
 
-    _job: _Job = field(repr=False)
+    _job: Job = field(repr=False)
     plan: Plan
     _chunks: Mapping[str, int] = field(repr=False)
     _make_executor: Callable[[], AbstractContextManager[Executor]] = field(repr=False)
@@ -271,8 +259,8 @@ class LazyInfluences:
             progress: show bars.
 
         Returns:
-            ``scores (test, train, ...)``, ``self_influences (train,)`` and ``factors (test, parameter)``, as far as they
-            were asked for, chunk by chunk from disk when used.
+            ``scores (test, train, ...)``, ``self_influences (train,)`` and ``factors (test, parameter)``, as far as
+            they were asked for, chunk by chunk from disk when used.
 
         Raises:
             StoreMismatchError: if the store there was made by something else; it says what differs.
@@ -302,125 +290,57 @@ class LazyInfluences:
         for name, value in self._chunks.items():
             if value != getattr(plan, name):
                 raise StoreMismatchError(
-                    f"{store.path} was begun with {name}={getattr(plan, name)}, now {name}={value} is asked for. Leave it "
-                    "out to go on, or pass overwrite=True to start again."
+                    f"{store.path} was begun with {name}={getattr(plan, name)}, now {name}={value} is asked for. Leave "
+                    "it out to go on, or pass overwrite=True to start again."
                 )
         if not store.is_complete and plan.peak > self.plan.memory_limit:
             raise PlanError(
-                f"{store.path} was begun with chunks that need {-(-plan.peak >> 20)} MiB a worker, more than the memory_limit "
-                f"now. Raise memory_limit to go on, or pass overwrite=True to start again."
+                f"{store.path} was begun with chunks that need {-(-plan.peak >> 20)} MiB a worker, more than the "
+                f"memory_limit now. Raise memory_limit to go on, or pass overwrite=True to start again."
             )
         return plan
 
 
-@dataclass(frozen=True)
-class _Job:
-    """All that a task needs. Workers read it from the store."""
-
-    model: InfluenceModel
-    test: Data | None = None
-    factors: Data | None = None
-    train: Data | None = None
-    mode: InfluenceMode = InfluenceMode.Up
-    self_influences: bool = False
-    plan: Plan | None = None
-    store: Path | None = None
-    threads: int | None = None
-
-    @property
-    def results(self) -> list[str]:
-        """Names of the variables of the result; what was asked for first comes last."""
-        has_test = self.test is not None or self.factors is not None
-        if self.train is None:
-            return ["factors"]
-        return (["factors"] if has_test else []) + ([SELVES] if self.self_influences else []) + ([SCORES] if has_test else [])
-
-    @property
-    def data(self) -> dict[str, Data]:
-        """The data by role."""
-        roles = {"test": self.test, "factors": self.factors, "train": self.train}
-        return {role: data for role, data in roles.items() if data is not None}
-
-    def identity(self) -> dict[str, Any]:
-        """What the numbers in the store depend on. A store is continued by the same identity only."""
-        return {
-            **self.model.identity(),
-            **{f"{role}_data": data.fingerprint for role, data in self.data.items()},
-            "mode": str(self.mode),
-            "results": self.results,
-            "dtype": _numpy_name(self.model.problem.dtype),
-            "versions": {name: _version(name).split(".")[0] for name in ("outfluence", "torch")},
-        }
-
-    def work(self) -> Work:
-        """The sizes of this job."""
-        problem = self.model.problem
-        itemsize = torch.finfo(problem.dtype).bits // 8
-        n_rows = self.test if self.test is not None else self.factors
-        sample_of = self.train if self.train is not None else self.test
-        assert sample_of is not None
-        sample = sample_of.rows(slice(0, 1))
-        perturbation = self.mode is InfluenceMode.Perturbation and self.train is not None
-        floats = [leaf for leaf in tree_leaves(sample.x) if leaf.is_floating_point()]
-        if perturbation:  # raises where there is nothing to differentiate by
-            problem.mixed_derivatives(torch.zeros(1, problem.n_parameters, dtype=problem.dtype), *sample)
-        hints = [data.batch_size for data in self.data.values() if data.batch_size]
-        buffers = sum(b.nbytes for b in self.model.problem.model.buffers())
-        return Work(
-            n_test=len(n_rows) if n_rows is not None else 0,
-            n_train=len(self.train) if self.train is not None else 0,
-            row_bytes=problem.n_parameters * itemsize,
-            itemsize=itemsize,
-            features=tuple(floats[0].shape[1:]) if perturbation else (),
-            directions=DIRECTIONS if perturbation else 0,
-            self_influences=self.self_influences,
-            model_bytes=sum(p.nbytes for p in problem.model.parameters()) + buffers + self.model.inverse.nbytes,
-            activation_bytes=problem.activation_bytes(sample),
-            batch_size=min(hints) if hints else None,
-        )
-
-
-def _run(job: _Job, executor: Executor, store: Store, progress: bool) -> None:
+def _run(job: Job, executor: Executor, store: Store, progress: bool) -> None:
     """Do every task that has left no receipt."""
     assert job.plan is not None
     task_function: Callable[[str, int], dict[str, Any]]
     if isinstance(executor, DaskExecutor):
         recipe = _ship(replace(job, threads=executor.torch_threads()), store)
         executor.check_path(str(recipe))
-        task_function = partial(_remote_task, str(recipe), recipe.stat().st_mtime_ns)
+        task_function = partial(remote_task, str(recipe), recipe.stat().st_mtime_ns)
     else:
-        task_function = partial(_task, job)
+        task_function = partial(run_task, job)
     try:
         for stage in job.plan.stages:
             done = store.done(stage.name)
             todo = [task for task in range(stage.n_tasks) if task not in done]
             failures = []
             with tqdm(
-                total=stage.n_samples, desc=stage.name, unit=" samples", disable=not progress,
-                initial=stage.n_samples - sum(_length(stage.samples(task)) for task in todo),
+                total=stage.n_samples,
+                desc=stage.name,
+                unit=" samples",
+                disable=not progress,
+                initial=stage.n_samples - sum(length(stage.samples(task)) for task in todo),
             ) as bar:
                 for outcome in executor.run(partial(task_function, stage.name), todo, stage.name):
                     if outcome.error is not None:
-                        failures.append((f"{stage.name} of samples {_text(stage.samples(outcome.task))}", outcome.error))
-                    bar.update(_length(stage.samples(outcome.task)))
+                        failures.append(
+                            (f"{stage.name} of samples {_text(stage.samples(outcome.task))}", outcome.error)
+                        )
+                    bar.update(length(stage.samples(outcome.task)))
             if failures:
                 _raise_failures(failures, store)
     finally:
         if isinstance(executor, DaskExecutor):
-            executor.forget(_forget)
+            executor.forget(forget)
 
 
-def _ship(job: _Job, store: Store) -> Path:
+def _ship(job: Job, store: Store) -> Path:
     """Write the recipe of a job, and first the data that lives in memory only."""
-    stored = {}
-    for role, data in job.data.items():
-        if data.portable:
-            stored[role] = data
-            continue
-        stored[role] = data.stored(partial(store.put_input, role))
-    model = job.model
-    if not model.problem.device.type == "cpu":
+    if job.model.problem.device.type != "cpu":
         raise ClusterError("workers load the model on their CPU: call model.to('cpu') first")
+    stored: dict[str, Any] = {role: data.stored(partial(store.put_input, role)) for role, data in job.data.items()}
     return store.put_recipe(cloudpickle.dumps(replace(job, **stored)))
 
 
@@ -429,183 +349,18 @@ def _raise_failures(failures: list[tuple[str, BaseException]], store: Store) -> 
     shown = "\n".join(f"  {task}: {text}" for task, text in texts[:10])
     more = f"\n  and {len(texts) - 10} more" if len(texts) > 10 else ""
     raise RunError(
-        f"{len(texts)} task(s) failed:\n{shown}{more}\nAll others are stored in {store.path}; the same call again repeats "
-        "only what is missing.",
+        f"{len(texts)} task(s) failed:\n{shown}{more}\nAll others are stored in {store.path}; the same call again "
+        "repeats only what is missing.",
         texts,
     ) from failures[0][1]
-
-
-# Tasks. They run in workers: what they need is in the job, what they make goes into the store.
-
-
-def _remote_task(recipe: str, version: int, stage: str, task: int) -> dict[str, Any]:
-    """Do a task in a worker, with the job that its store keeps."""
-    return _task(_job_from(recipe, version), stage, task)
-
-
-@lru_cache(maxsize=1)
-def _job_from(recipe: str, version: int) -> _Job:  # noqa: ARG001 - a rewritten recipe is another one
-    job: _Job = pickle.loads(Path(recipe).read_bytes())
-    if job.threads is not None:
-        torch.set_num_threads(job.threads)
-    return job
-
-
-def _forget() -> None:
-    _job_from.cache_clear()
-
-
-def _task(job: _Job, stage: str, task: int) -> dict[str, Any]:
-    """Compute and store one range of samples, and leave the receipt."""
-    assert job.plan is not None
-    assert job.store is not None
-    watch = _Watch()
-    store = Store(job.store)
-    (samples,) = (s.samples(task) for s in job.plan.stages if s.name == stage)
-    with torch.no_grad():
-        written, checksums = (_factors if stage == "factors" else _strip)(job, store, samples, watch)
-    receipt = {
-        "stage": stage,
-        "task": task,
-        "start": samples.start,
-        "stop": samples.stop,
-        "bytes_written": written,
-        "checksums": checksums,
-        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
-        "worker": f"{socket.gethostname()}:{os.getpid()}",
-        **watch.report(),
-    }
-    store.leave_receipt(stage, task, receipt)
-    return receipt
-
-
-def _factors(job: _Job, store: Store, samples: slice, watch: _Watch) -> tuple[int, dict[str, int]]:
-    """The left rows of a range of test samples."""
-    model, plan = job.model, job.plan
-    assert plan is not None
-    values = np.empty((_length(samples), model.n_parameters), _numpy_name(model.problem.dtype))
-    for part in _batches(samples, plan.batch_size):
-        if job.factors is not None:
-            with watch("read"):
-                rows = job.factors.rows(part).x.to(model.problem.dtype)
-            check_finite(rows, "influence factors", "test", part.start)
-        else:
-            assert job.test is not None
-            with watch("read"):
-                batch = job.test.rows(part)
-            with watch("factors"):
-                rows = model.left_rows(*batch, "test", part.start).values
-        values[_within(part, samples)] = to_numpy(rows)
-    with watch("write"):
-        checksum = store.write(FACTORS, (samples,), values)
-    return values.nbytes, {FACTORS: checksum}
-
-
-def _strip(job: _Job, store: Store, samples: slice, watch: _Watch) -> tuple[int, dict[str, int]]:
-    """The scores of a range of training samples for all test samples, and their self-influences."""
-    if job.mode is InfluenceMode.Perturbation:
-        return _perturbed_strip(job, store, samples, watch)
-    model, plan = job.model, job.plan
-    assert plan is not None
-    assert job.train is not None
-    values = torch.empty(_length(samples), model.n_parameters, dtype=model.problem.dtype, device=model.problem.device)
-    selves = []
-    for part in _batches(samples, plan.batch_size):
-        with watch("read"):
-            batch = job.train.rows(part)
-        with watch("gradients"):
-            gradients = model.gradient_rows(*batch, "training", part.start)
-            right = model.right_rows(gradients)
-            values[_within(part, samples)] = right.values
-        if job.self_influences:
-            with watch("self-influences"):
-                selves.append(model.inverse.quadratic(gradients))
-    written, checksums = 0, {}
-    if job.self_influences:
-        block = torch.cat(selves)
-        check_finite(block, "self-influences", "training", samples.start)
-        with watch("write"):
-            checksums[SELVES] = store.write(SELVES, (samples,), to_numpy(block))
-        written += block.nbytes
-    right = right.with_arrays({"values": values})
-    for tile in plan.test_tiles:
-        with watch("read factors"):
-            left = _read_left(store, tile, model)
-        with watch("scores"):
-            block = left.dot(right)
-        written += _write_scores(store, (tile, samples), block, watch, checksums)
-    return written, checksums
-
-
-def _perturbed_strip(job: _Job, store: Store, samples: slice, watch: _Watch) -> tuple[int, dict[str, int]]:
-    """The scores of the features of a range of training samples, for all test samples."""
-    model, plan = job.model, job.plan
-    assert plan is not None
-    assert job.train is not None
-    written, checksums = 0, dict[str, int]()
-    for tile in plan.test_tiles:
-        with watch("read factors"):
-            left = _read_left(store, tile, model)
-        block = torch.empty(len(left), _length(samples), *plan.work.features, dtype=model.problem.dtype)
-        for part in _batches(samples, plan.batch_size):
-            with watch("read"):
-                batch = job.train.rows(part)
-            with watch("scores"):
-                block[:, _within(part, samples)] = model.perturbations(left, *batch).to(block)
-        written += _write_scores(store, (tile, samples), block, watch, checksums)
-    if job.self_influences:
-        up, more = _strip(replace(job, mode=InfluenceMode.Up, plan=_without_test(plan)), store, samples, watch)
-        return written + up, checksums | more
-    return written, checksums
-
-
-def _read_left(store: Store, tile: slice, model: InfluenceModel) -> DenseRows:
-    values = torch.from_numpy(store.read(FACTORS, (tile,))).to(model.problem.device)
-    check_finite(values, "stored influence factors", "test", tile.start)
-    return DenseRows(values, model.problem.sections)
-
-
-def _write_scores(
-    store: Store, region: tuple[slice, slice], block: Tensor, watch: _Watch, checksums: dict[str, int]
-) -> int:
-    tile, samples = region
-    check_finite(block, "scores", "test", tile.start)
-    with watch("write"):
-        checksums[f"{SCORES} {tile.start}"] = store.write(SCORES, (tile, samples), to_numpy(block))
-    return block.nbytes
-
-
-class _Watch:
-    """Where the time of a task goes, and how much memory its process took."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
-        self._start = time.perf_counter()
-
-    @contextmanager
-    def __call__(self, what: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._seconds[what] = self._seconds.get(what, 0.0) + time.perf_counter() - start
-
-    def report(self) -> dict[str, Any]:
-        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-        return {
-            "seconds": round(time.perf_counter() - self._start, 6),
-            "seconds_by_part": {what: round(seconds, 6) for what, seconds in self._seconds.items()},
-            "peak_bytes": max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - _BASELINE_BYTES),
-            "threads": torch.get_num_threads(),
-        }
-
-
-#: What this process took when it had imported everything; memory is reported above it.
-_BASELINE_BYTES = psutil.Process().memory_info().rss
 
 
 def _specs(plan: Plan) -> list[ArraySpec]:
     work = plan.work
     dtype = f"float{8 * work.itemsize}"
-    specs = []
+    specs: list[ArraySpec] = []
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
     if work.n_test:
         columns = work.row_bytes // work.itemsize
         about = {"long_name": "influence factors g^T (H + lambda 1)^-1", "axes": "test sample, model parameter"}
@@ -633,7 +388,7 @@ def _about(identity: dict[str, Any], plan: Plan) -> dict[str, Any]:
         "identity": identity,
         "plan": plan.to_json(),
         "tasks": {stage.name: stage.n_tasks for stage in plan.stages},
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in packages}},
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -655,30 +410,5 @@ def _factor_data(factors: Any, model: InfluenceModel) -> Data:
     return data
 
 
-def _without_test(plan: Plan) -> Plan:
-    return replace(plan, work=replace(plan.work, n_test=0, directions=0, features=()))
-
-
-def _numpy_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _version(package: str) -> str:
-    return importlib.metadata.version(package)
-
-
-def _length(samples: slice) -> int:
-    return int(samples.stop - samples.start)
-
-
 def _text(samples: slice) -> str:
     return f"{samples.start} to {samples.stop - 1}"
-
-
-def _within(part: slice, samples: slice) -> slice:
-    return slice(part.start - samples.start, part.stop - samples.start)
-
-
-def _batches(samples: slice, size: int) -> Iterator[slice]:
-    for start in range(samples.start, samples.stop, size):
-        yield slice(start, min(start + size, samples.stop))

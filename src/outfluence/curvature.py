@@ -85,7 +85,7 @@ def _hessian(problem: Problem, names: tuple[str, ...], batch: Batch) -> Callable
 
     # One backward pass is built; each vector then costs one more, backward through it.
     pull = vjp(grad(total), {name: parameters[name] for name in names})[1]
-    return lambda vector: pull(vector)[0]  # type: ignore[no-any-return]
+    return lambda vector: pull(vector)[0]
 
 
 def _gauss_newton(problem: Problem, names: tuple[str, ...], batch: Batch) -> Callable[[Vector], Vector]:
@@ -97,8 +97,8 @@ def _gauss_newton(problem: Problem, names: tuple[str, ...], batch: Batch) -> Cal
     def loss(z: Any) -> Tensor:
         return sum_of_losses(problem, z, batch.y)
 
-    z, pull = vjp(output, {name: parameters[name] for name in names})
+    z, pull = vjp(output, {name: parameters[name] for name in names})[:2]
     # J v by transposing u -> J^T u, which needs no forward-mode derivative of the model.
     push = vjp(lambda u: pull(u)[0], _pytree.tree_map(torch.zeros_like, z))[1]
     second = vjp(grad(loss), z)[1]
-    return lambda vector: pull(second(push(vector)[0])[0])[0]  # type: ignore[no-any-return]
+    return lambda vector: pull(second(push(vector)[0])[0])[0]

@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import cloudpickle
@@ -59,9 +60,7 @@ class Data:
             Give your own (a version, a checksum you keep) where reading everything once more is too slow.
     """
 
-    def __init__(
-        self, source: _Source, *, batch_size: int | None = None, fingerprint: str | None = None
-    ) -> None:
+    def __init__(self, source: _Source, *, batch_size: int | None = None, fingerprint: str | None = None) -> None:
         if len(source) == 0:
             raise DataError("the data has no samples")
         self._source = source
@@ -217,8 +216,8 @@ class Data:
         first = self.rows(slice(0, 1))
         parts = []
         for part, name in enumerate("xy"):
-            arrays = [write(f"{name}{i}", total, blocks(part, i)) for i in range(len(tree_leaves(first[part])))]
-            parts.append(tree_map(lambda _, arrays=iter(arrays): next(arrays), first[part]))
+            arrays = (write(f"{name}{i}", total, blocks(part, i)) for i in range(len(tree_leaves(first[part]))))
+            parts.append(tree_map(partial(_next_of, arrays), first[part]))
         return Data(_Arrays(*parts), batch_size=self.batch_size, fingerprint=fingerprint)
 
     def _rows_per_read(self) -> int:
@@ -353,6 +352,10 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
         return np.asarray(tensor.detach().cpu().numpy())
     except TypeError as error:
         raise DataError(f"{tensor.dtype} cannot be stored: {error}. Convert the data to float32.") from error
+
+
+def _next_of(things: Iterator[Any], _: Any) -> Any:
+    return next(things)
 
 
 class _Hashes:

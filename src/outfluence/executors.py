@@ -53,7 +53,10 @@ class SequentialExecutor:
     """One task after another, in this process."""
 
     def run(
-        self, function: Callable[[int], dict[str, Any]], tasks: Sequence[int], name: str  # noqa: ARG002
+        self,
+        function: Callable[[int], dict[str, Any]],
+        tasks: Sequence[int],
+        name: str,  # noqa: ARG002
     ) -> Iterator[Outcome]:
         """See `Executor`."""
         for task in tasks:
@@ -104,8 +107,8 @@ class DaskExecutor:
         if threads:
             address, n = next(iter(threads.items()))
             raise ClusterError(
-                f"{len(threads)} Dask worker(s) run tasks in several threads ({address} in {n}): torch.func and forward "
-                "hooks give wrong gradients when threads share a model. Start workers with threads_per_worker=1 "
+                f"{len(threads)} Dask worker(s) run tasks in several threads ({address} in {n}): torch.func and "
+                "forward hooks give wrong gradients when threads share a model. Start workers with threads_per_worker=1 "
                 "(dask worker --nthreads 1); outfluence gives each worker its share of cores."
             )
         try:
@@ -122,8 +125,8 @@ class DaskExecutor:
         blind = [address for address, sees in self.client.run(os.path.exists, path).items() if not sees]
         if blind:
             raise ClusterError(
-                f"worker {blind[0]} (and {len(blind) - 1} more) cannot see {path}: workers read inputs and write results "
-                "themselves. Call .to_zarr with a path on a file system that all of them share."
+                f"worker {blind[0]} (and {len(blind) - 1} more) cannot see {path}: workers read inputs and write "
+                "results themselves. Call .to_zarr with a path on a file system that all of them share."
             )
 
     def torch_threads(self) -> int:
@@ -132,7 +135,8 @@ class DaskExecutor:
         if not cores:
             return 1
         hosts = [address.rpartition(":")[0] for address in cores]
-        return max(1, min(n // hosts.count(host) for n, host in zip(cores.values(), hosts, strict=True)))
+        shares: list[int] = [n // hosts.count(host) for n, host in zip(cores.values(), hosts, strict=True)]
+        return max(1, min(shares))
 
     def memory_limit(self) -> int | None:
         """The smallest memory limit of a worker, in bytes; None if there is none, or no worker yet."""

@@ -33,8 +33,8 @@ Blocks = Mapping[str, Iterable[str]]
 class InfluenceModel:
     """Influence of training samples, for batches in memory. Users make one of the named models below.
 
-    A fitted model pickles, copies and saves: it holds the model and the inverse, and no data. Inputs ``x`` are a tensor,
-    or a tuple or dict of tensors, first axis samples. P is the number of trainable parameters.
+    A fitted model pickles, copies and saves: it holds the model and the inverse, and no data. Inputs ``x`` are a
+    tensor, or a tuple or dict of tensors, first axis samples. P is the number of trainable parameters.
 
     Args:
         problem: model, loss and blocks.
@@ -259,9 +259,7 @@ class InfluenceModel:
             return self.perturbations(left, x, y)
         return left.dot(self.right_rows(self.gradient_rows(x, y)))
 
-    def _influences_by_block(
-        self, left: DenseRows, x: Tree, y: Tree, mode: InfluenceMode | str
-    ) -> dict[str, Tensor]:
+    def _influences_by_block(self, left: DenseRows, x: Tree, y: Tree, mode: InfluenceMode | str) -> dict[str, Tensor]:
         if InfluenceMode(mode) is InfluenceMode.Perturbation:
             return {name: self.perturbations(left.block(name), x, y) for name in left.sections}
         return left.dot_by_block(self.right_rows(self.gradient_rows(x, y)))
@@ -270,7 +268,8 @@ class InfluenceModel:
         factors = torch.as_tensor(factors, dtype=self.problem.dtype, device=self.problem.device)
         if factors.ndim != 2 or factors.shape[1] != self.n_parameters:
             raise DataError(
-                f"factors must be (n_test, {self.n_parameters}), one column for each parameter; got {tuple(factors.shape)}"
+                f"factors must be (n_test, {self.n_parameters}), one column for each parameter; got "
+                f"{tuple(factors.shape)}"
             )
         return DenseRows(factors, self.problem.sections)
 

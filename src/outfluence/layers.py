@@ -51,7 +51,8 @@ class LinearLayer:
 
     def to_matrix(self, rows: Tensor) -> Tensor:
         """Rows ``(n, P_layer)`` as gradient matrices ``(n, d_out, d_in)``, the bias in the last column."""
-        weight, bias = rows.split([self.d_out * self.d_weight, rows.shape[1] - self.d_out * self.d_weight], dim=1)
+        weights = self.d_out * self.d_weight
+        weight, bias = torch.split(rows, [weights, rows.shape[1] - weights], dim=1)
         parts = [weight.reshape(-1, self.d_out, self.d_weight)]
         if self.bias is not None:
             parts.append(bias.unsqueeze(2))
@@ -59,7 +60,7 @@ class LinearLayer:
 
     def to_rows(self, matrices: Tensor) -> Tensor:
         """Gradient matrices ``(n, d_out, d_in)`` as rows ``(n, P_layer)``: the inverse of `to_matrix`."""
-        weight, bias = matrices.split([self.d_weight, self.d_in - self.d_weight], dim=2)
+        weight, bias = torch.split(matrices, [self.d_weight, self.d_in - self.d_weight], dim=2)
         return torch.cat([weight.flatten(1), bias.flatten(1)], dim=1)
 
 
@@ -81,9 +82,9 @@ def linear_layers(problem: Problem) -> dict[str, LinearLayer]:
         advice = "freeze it with requires_grad_(False), or use another method (DirectInfluence takes any layer)"
         if type(module).forward is not nn.Linear.forward:
             raise UnsupportedLayerError(f"{where} is not a linear layer, and has trainable parameters: {advice}")
-        for key in paths:
+        for key, path in paths.items():
             first = owners.setdefault(id(own[key]), name)
-            if first != name or paths[key] not in trainable:
+            if first != name or path not in trainable:
                 raise UnsupportedLayerError(f"{where} shares its {key} with layer {first!r}: {advice}")
         layers[name or ROOT] = LinearLayer(
             name=name,
@@ -166,19 +167,20 @@ def check_layers(problem: Problem, layers: dict[str, LinearLayer], batch: Batch)
     y = problem.on_device(batch.y)
     recording = record(problem, layers, batch.x)
     output_gradients = recording.output_gradients(sum_of_losses(problem, recording.output, y))
-    for block, expected in problem.gradients(*batch).by_block().items():
+    for block, rows in problem.gradients(*batch).by_block().items():
         recorded = output_gradients[block].mT @ recording.inputs[block]
-        expected = layers[block].to_matrix(expected)
+        expected = layers[block].to_matrix(rows)
         scale = expected.abs().amax()
         if (recorded - expected).abs().amax() > 1e3 * torch.finfo(expected.dtype).eps * scale + 1e-30:
             raise UnsupportedLayerError(
-                f"layer {block!r}: its parameters' gradients are not those of a linear layer (are they used elsewhere, "
-                "in the loss or in another layer?): freeze them, or use another method (DirectInfluence takes any model)"
+                f"layer {block!r}: its parameters' gradients are not those of a linear layer (are they used "
+                "elsewhere, in the loss or in another layer?): freeze them, or use another method (DirectInfluence takes any model)"
             )
 
 
 def sum_of_losses(problem: Problem, output: Any, y: Tree) -> Tensor:
     """The sum over samples of the loss, from the model's output for a batch: a scalar."""
+
     def one(tree: Any) -> Any:  # torch's own trees: a model's output may be a class registered there
         return _pytree.tree_map(lambda t: t.unsqueeze(0), tree)
 

@@ -183,7 +183,9 @@ class Plan:
 
     def __str__(self) -> str:
         work = self.work
-        lines = [f"Plan: {work.n_test:,} test x {work.n_train:,} training samples, rows of {format_bytes(work.row_bytes)}"]
+        lines = [
+            f"Plan: {work.n_test:,} test x {work.n_train:,} training samples, rows of {format_bytes(work.row_bytes)}"
+        ]
         for stage in self.stages:
             memory = self.memory(stage.name)
             lines.append(
@@ -202,9 +204,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(
-    work: Work, memory_limit: int, *, test_chunk: int | None = None, train_chunk: int | None = None
-) -> Plan:
+def make_plan(work: Work, memory_limit: int, *, test_chunk: int | None = None, train_chunk: int | None = None) -> Plan:
     """Choose chunk sizes for a memory limit.
 
     Args:

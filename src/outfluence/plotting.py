@@ -37,7 +37,7 @@ def influential_images(
     chosen = scores.isel(test=list(test))
     helpful, harmful = top_k(chosen, k), top_k(chosen, k, largest=False)
     figure = Figure(figsize=(1.1 * (2 * k + 1) + 0.6, 1.3 * len(test) + 0.5), layout="constrained")
-    parts = figure.subfigures(1, 3, width_ratios=[1.2, k, k])
+    parts: Any = figure.subfigures(1, 3, width_ratios=[1.2, k, k])
     _images(parts[0], "test image", "black", test_images, test_titles, np.asarray(test)[:, None])
     for part, what, colour, ranked in ((parts[1], "helpful", _GREEN, helpful), (parts[2], "harmful", _RED, harmful)):
         _images(part, f"{k} most {what} training images", colour, train_images, train_titles, ranked["train"].values)

@@ -121,15 +121,14 @@ class Problem:
         """Rows ``(n, sum of sizes)`` as tensors ``(n, *shape)`` by parameter: the inverse of `flatten`."""
         parameters = self.parameters
         chosen = list(parameters if names is None else names)
-        parts = rows.split([parameters[name].numel() for name in chosen], dim=1)
-        return {
-            name: part.reshape(-1, *parameters[name].shape) for name, part in zip(chosen, parts, strict=True)
-        }
+        parts = torch.split(rows, [parameters[name].numel() for name in chosen], dim=1)
+        return {name: part.reshape(-1, *parameters[name].shape) for name, part in zip(chosen, parts, strict=True)}
 
     def output(self, parameters: Mapping[str, Tensor], x: Tree) -> Any:
         """The model's output for a batch, as a function of (some of) its parameters."""
-        args, kwargs = ((), x) if isinstance(x, Mapping) else (x if isinstance(x, tuple) else (x,), {})
-        return functional_call(self.model, dict(parameters), args, kwargs)
+        if isinstance(x, Mapping):
+            return functional_call(self.model, dict(parameters), (), dict(x))
+        return functional_call(self.model, dict(parameters), x if isinstance(x, tuple) else (x,))
 
     def sample_loss(self, parameters: Mapping[str, Tensor], x: Tree, y: Tree) -> Tensor:
         """The loss of one sample (no batch axis), as a function of the parameters: a scalar."""
@@ -152,7 +151,8 @@ class Problem:
 
     def sum_loss(self, parameters: Mapping[str, Tensor], x: Tree, y: Tree) -> Tensor:
         """The sum of the losses of a batch's samples: a scalar."""
-        return self._per_sample(self.sample_loss, x, y)(dict(parameters), x, y).sum()
+        losses: Tensor = self._per_sample(self.sample_loss, x, y)(dict(parameters), x, y)
+        return losses.sum()
 
     def gradients(self, x: Tree, y: Tree) -> DenseRows:
         """Gradients of each sample's loss, ``(n, P)``."""
@@ -190,12 +190,14 @@ class Problem:
 
         def summed_gradient(values: Tensor) -> dict[str, Tensor]:
             inputs = tree_map(lambda leaf: values if leaf.is_floating_point() else leaf, x)
-            return grad(self.sum_loss)(parameters, inputs, y)
+            gradient: dict[str, Tensor] = grad(self.sum_loss)(parameters, inputs, y)
+            return gradient
 
         # The derivative of s . (sum of gradients) by the features of sample j is that of its own gradient. The graph of
         # the gradient is built once; a direction costs one pass backward through it.
         pull = vjp(summed_gradient, features)[1]
-        return vmap(lambda s: pull(s)[0], chunk_size=DIRECTIONS)(self.unflatten(directions))
+        derivatives: Tensor = vmap(lambda s: pull(s)[0], chunk_size=DIRECTIONS)(self.unflatten(directions))
+        return derivatives
 
     def on_device(self, tree: Tree) -> Tree:
         """A tree of tensors where the parameters are."""
@@ -260,7 +262,8 @@ class Problem:
     def _per_sample(self, function: Callable[..., Any], x: Tree, y: Tree) -> Callable[..., Any]:
         # Mapped over the samples of x and y; a missing y stays None.
         dims = (None, None if x is None else 0, None if y is None else 0)
-        return vmap(function, in_dims=dims, chunk_size=SAMPLES)
+        mapped: Callable[..., Any] = vmap(function, in_dims=dims, chunk_size=SAMPLES)
+        return mapped
 
 
 def _blocks(structure: BlockMode | str | Mapping[str, Iterable[str]], names: list[str]) -> dict[str, tuple[str, ...]]:
@@ -280,7 +283,9 @@ def _blocks(structure: BlockMode | str | Mapping[str, Iterable[str]], names: lis
 
 
 def _own_blocks(structure: Mapping[str, Iterable[str]], names: list[str]) -> dict[str, tuple[str, ...]]:
-    blocks = {str(block): (members,) if isinstance(members, str) else tuple(members) for block, members in structure.items()}
+    blocks = {
+        str(block): (members,) if isinstance(members, str) else tuple(members) for block, members in structure.items()
+    }
     listed = [name for members in blocks.values() for name in members]
     twice = sorted({name for name in listed if listed.count(name) > 1})
     unknown = [name for name in listed if name not in names]

@@ -68,7 +68,8 @@ class Store:
         self.path = Path(path).absolute()
         try:
             self.group = zarr.open_group(str(self.path), mode="r+")
-            self.about: dict[str, Any] = dict(self.group.attrs[ATTRIBUTE])  # type: ignore[call-overload]
+            attributes: dict[str, Any] = dict(self.group.attrs)
+            self.about: dict[str, Any] = attributes[ATTRIBUTE]
         except (FileNotFoundError, KeyError, NotADirectoryError, zarr.errors.ContainsArrayError) as error:
             raise StoreError(f"{self.path} is no store of outfluence") from error
         version = self.about["format_version"]
@@ -100,7 +101,11 @@ class Store:
 
     @classmethod
     def create(
-        cls, path: str | os.PathLike[str], specs: Sequence[ArraySpec], coordinates: Mapping[str, int], about: dict[str, Any]
+        cls,
+        path: str | os.PathLike[str],
+        specs: Sequence[ArraySpec],
+        coordinates: Mapping[str, int],
+        about: dict[str, Any],
     ) -> Store:
         """Make a store, all its arrays filled with NaN. It appears at its path whole or not at all.
 
@@ -151,8 +156,8 @@ class Store:
         ]
         if differing:
             raise StoreMismatchError(
-                f"{self.path} was made by something else; these differ: {'; '.join(differing)}. Choose another path, or "
-                "pass overwrite=True to replace it."
+                f"{self.path} was made by something else; these differ: {'; '.join(differing)}. Choose another path, "
+                "or pass overwrite=True to replace it."
             )
 
     def read(self, path: str, region: tuple[slice, ...]) -> np.ndarray:
@@ -178,8 +183,8 @@ class Store:
                 _sync(file)
         except OSError as error:
             raise StoreError(f"cannot write {path} in {self.path}: {error.strerror or error}") from error
-        checksum = zlib.crc32(memoryview(block).cast("B"))
-        if zlib.crc32(memoryview(np.ascontiguousarray(array[region])).cast("B")) != checksum:
+        checksum = _checksum(block)
+        if _checksum(np.asarray(array[region])) != checksum:
             raise StoreError(f"{path} in {self.path} reads back differently: the disk or its network is not reliable")
         return checksum
 
@@ -257,9 +262,7 @@ class Store:
             yield self.path.joinpath(path, "c", *map(str, index))
 
 
-def _lay_out(
-    folder: Path, specs: Sequence[ArraySpec], coordinates: Mapping[str, int], about: dict[str, Any]
-) -> None:
+def _lay_out(folder: Path, specs: Sequence[ArraySpec], coordinates: Mapping[str, int], about: dict[str, Any]) -> None:
     group = zarr.create_group(str(folder), zarr_format=3, overwrite=True, attributes={ATTRIBUTE: about})
     for dim, n in coordinates.items():
         index = group.create_array(
@@ -301,6 +304,11 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _checksum(block: np.ndarray) -> int:
+    raw: Any = np.ascontiguousarray(block).reshape(-1).view(np.uint8)
+    return zlib.crc32(raw)
 
 
 def _umask() -> int:

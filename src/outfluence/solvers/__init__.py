@@ -77,7 +77,9 @@ def per_block(regularization: Regularization, problem: Problem) -> dict[str, flo
         try:
             result[block] = float(regularization[block])
         except TypeError as error:
-            raise ProblemError(f"the regularization of block {block!r} is no number: {regularization[block]!r}") from error
+            raise ProblemError(
+                f"the regularization of block {block!r} is no number: {regularization[block]!r}"
+            ) from error
         if not 0 <= result[block] < float("inf"):
             raise ProblemError(f"the regularization of block {block!r} must be finite and >= 0: {result[block]}")
     return result

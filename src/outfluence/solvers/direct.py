@@ -33,9 +33,7 @@ class DirectSolver:
     def fit(self, problem: Problem, data: Data) -> DirectInverse:
         """One pass over the data per block."""
         regularization = per_block(self.regularization, problem)
-        matrices = {
-            block: Curvature(problem, data, block, self.second_order_mode).dense() for block in problem.blocks
-        }
+        matrices = {block: Curvature(problem, data, block, self.second_order_mode).dense() for block in problem.blocks}
         return DirectInverse(matrices, regularization)
 
     def options(self) -> dict[str, Any]:
@@ -100,7 +98,8 @@ class _Factor:
     def solve(self, columns: Tensor) -> Tensor:
         if self.pivots is None:
             return torch.cholesky_solve(columns, self.factor)
-        return torch.linalg.ldl_solve(self.factor, self.pivots, columns.contiguous())
+        solution: Tensor = torch.linalg.ldl_solve(self.factor, self.pivots, columns.contiguous())
+        return solution
 
 
 def _factorise(block: str, matrix: Tensor, regularization: float) -> _Factor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -61,9 +62,9 @@ class KroneckerSolver:
         regularization = per_block(self.regularization, problem)
         check_layers(problem, layers, data.rows(slice(0, min(4, len(data)))))
 
-        new = {"dtype": problem.dtype, "device": problem.device}
-        inputs = {name: torch.zeros(layer.d_in, layer.d_in, **new) for name, layer in layers.items()}
-        outputs = {name: torch.zeros(layer.d_out, layer.d_out, **new) for name, layer in layers.items()}
+        zeros = partial(torch.zeros, dtype=problem.dtype, device=problem.device)
+        inputs = {name: zeros(layer.d_in, layer.d_in) for name, layer in layers.items()}
+        outputs = {name: zeros(layer.d_out, layer.d_out) for name, layer in layers.items()}
         for name, a, d, weight, first in self._moments(problem, layers, data, "covariances"):
             if first:
                 flat = a.flatten(0, 1)
@@ -93,8 +94,9 @@ class KroneckerSolver:
     def _moments(
         self, problem: Problem, layers: dict[str, LinearLayer], data: Data, what: str
     ) -> Iterator[tuple[str, Tensor, Tensor, Tensor, bool]]:
-        """For each batch, label and layer: its block, inputs, output gradients, sample weights, and whether the inputs
-        are new (they are the same for every label of the exact expectation).
+        """For each batch, label and layer: its block, inputs, output gradients, sample weights, and whether inputs are new.
+
+        They are not for the second and later labels of the exact expectation.
         """
         size, start = data.batch_size or BATCH_SIZE, 0
         steps = tqdm(data.batches(size), what, total=-(-len(data) // size), disable=not self.progress)
@@ -107,9 +109,7 @@ class KroneckerSolver:
                     yield name, recording.inputs[name], gradients[name], weight, i == 0
             start += len(weight)
 
-    def _labels(
-        self, problem: Problem, output: Any, batch: Batch, start: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _labels(self, problem: Problem, output: Any, batch: Batch, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         """For each set of labels the summed loss and the weight of each sample."""
         if self.fisher is FisherMode.EMPIRICAL:
             n = len(tree_leaves(batch.x)[0])

@@ -1,0 +1,302 @@
+"""What a run computes: the job and its tasks.
+
+Tasks run in workers: what they need is in the job, which they read from the store; what they make goes into the store.
+With `calculators` the only module that knows both halves.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import pickle
+import resource
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from outfluence.data import Data, to_numpy, tree_leaves
+from outfluence.influence import InfluenceModel
+from outfluence.modes import InfluenceMode
+from outfluence.plan import Plan, Work
+from outfluence.problem import DIRECTIONS
+from outfluence.rows import DenseRows, check_finite
+from outfluence.store import Store
+
+#: Where factors, scores and self-influences are in a store.
+FACTORS, SCORES, SELVES = "factors/values", "scores", "self_influences"
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a task needs. Workers read it from the store."""
+
+    model: InfluenceModel
+    test: Data | None = None
+    factors: Data | None = None
+    train: Data | None = None
+    mode: InfluenceMode = InfluenceMode.Up
+    self_influences: bool = False
+    plan: Plan | None = None
+    store: Path | None = None
+    threads: int | None = None
+
+    @property
+    def results(self) -> list[str]:
+        """Names of the variables of the result; what was asked for first comes last."""
+        has_test = self.test is not None or self.factors is not None
+        if self.train is None:
+            return ["factors"]
+        return (
+            (["factors"] if has_test else [])
+            + ([SELVES] if self.self_influences else [])
+            + ([SCORES] if has_test else [])
+        )
+
+    @property
+    def data(self) -> dict[str, Data]:
+        """The data by role."""
+        roles = {"test": self.test, "factors": self.factors, "train": self.train}
+        return {role: data for role, data in roles.items() if data is not None}
+
+    def identity(self) -> dict[str, Any]:
+        """What the numbers in the store depend on. A store is continued by the same identity only."""
+        return {
+            **self.model.identity(),
+            **{f"{role}_data": data.fingerprint for role, data in self.data.items()},
+            "mode": str(self.mode),
+            "results": self.results,
+            "dtype": numpy_name(self.model.problem.dtype),
+            "versions": {name: version_of(name).split(".")[0] for name in ("outfluence", "torch")},
+        }
+
+    def work(self) -> Work:
+        """The sizes of this job."""
+        problem = self.model.problem
+        itemsize = torch.finfo(problem.dtype).bits // 8
+        n_rows = self.test if self.test is not None else self.factors
+        sample_of = self.train if self.train is not None else self.test
+        assert sample_of is not None
+        sample = sample_of.rows(slice(0, 1))
+        perturbation = self.mode is InfluenceMode.Perturbation and self.train is not None
+        floats = [leaf for leaf in tree_leaves(sample.x) if leaf.is_floating_point()]
+        if perturbation:  # raises where there is nothing to differentiate by
+            problem.mixed_derivatives(torch.zeros(1, problem.n_parameters, dtype=problem.dtype), *sample)
+        hints = [data.batch_size for data in self.data.values() if data.batch_size]
+        buffers = sum(b.nbytes for b in self.model.problem.model.buffers())
+        return Work(
+            n_test=len(n_rows) if n_rows is not None else 0,
+            n_train=len(self.train) if self.train is not None else 0,
+            row_bytes=problem.n_parameters * itemsize,
+            itemsize=itemsize,
+            features=tuple(floats[0].shape[1:]) if perturbation else (),
+            directions=DIRECTIONS if perturbation else 0,
+            self_influences=self.self_influences,
+            model_bytes=sum(p.nbytes for p in problem.model.parameters()) + buffers + self.model.inverse.nbytes,
+            activation_bytes=problem.activation_bytes(sample),
+            batch_size=min(hints) if hints else None,
+        )
+
+
+def remote_task(recipe: str, version: int, stage: str, task: int) -> dict[str, Any]:
+    """Do a task in a worker, with the job that its store keeps."""
+    return run_task(_job_from(recipe, version), stage, task)
+
+
+@lru_cache(maxsize=1)
+def _job_from(recipe: str, version: int) -> Job:  # noqa: ARG001 - a rewritten recipe is another one
+    job: Job = pickle.loads(Path(recipe).read_bytes())
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    return job
+
+
+def forget() -> None:
+    """Let go of the job that this worker keeps between tasks."""
+    _job_from.cache_clear()
+
+
+def run_task(job: Job, stage: str, task: int) -> dict[str, Any]:
+    """Compute and store one range of samples, and leave the receipt."""
+    assert job.plan is not None
+    assert job.store is not None
+    watch = _Watch()
+    store = Store(job.store)
+    (samples,) = (s.samples(task) for s in job.plan.stages if s.name == stage)
+    with torch.no_grad():
+        written, checksums = (_factors if stage == "factors" else _strip)(job, store, samples, watch)
+    receipt = {
+        "stage": stage,
+        "task": task,
+        "start": samples.start,
+        "stop": samples.stop,
+        "bytes_written": written,
+        "checksums": checksums,
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+        "worker": f"{socket.gethostname()}:{os.getpid()}",
+        **watch.report(),
+    }
+    store.leave_receipt(stage, task, receipt)
+    return receipt
+
+
+def _factors(job: Job, store: Store, samples: slice, watch: _Watch) -> tuple[int, dict[str, int]]:
+    """The left rows of a range of test samples."""
+    model, plan = job.model, job.plan
+    assert plan is not None
+    values = np.empty((length(samples), model.n_parameters), numpy_name(model.problem.dtype))
+    for part in _batches(samples, plan.batch_size):
+        if job.factors is not None:
+            with watch("read"):
+                rows = job.factors.rows(part).x.to(model.problem.dtype)
+            check_finite(rows, "influence factors", "test", part.start)
+        else:
+            assert job.test is not None
+            with watch("read"):
+                batch = job.test.rows(part)
+            with watch("factors"):
+                rows = model.left_rows(*batch, "test", part.start).values
+        values[_within(part, samples)] = to_numpy(rows)
+    with watch("write"):
+        checksum = store.write(FACTORS, (samples,), values)
+    return values.nbytes, {FACTORS: checksum}
+
+
+def _strip(job: Job, store: Store, samples: slice, watch: _Watch) -> tuple[int, dict[str, int]]:
+    """The scores of a range of training samples for all test samples, and their self-influences."""
+    if job.mode is InfluenceMode.Perturbation:
+        return _perturbed_strip(job, store, samples, watch)
+    model, plan = job.model, job.plan
+    assert plan is not None
+    assert job.train is not None
+    values = torch.empty(length(samples), model.n_parameters, dtype=model.problem.dtype, device=model.problem.device)
+    selves = []
+    for part in _batches(samples, plan.batch_size):
+        with watch("read"):
+            batch = job.train.rows(part)
+        with watch("gradients"):
+            gradients = model.gradient_rows(*batch, "training", part.start)
+            right = model.right_rows(gradients)
+            values[_within(part, samples)] = right.values
+        if job.self_influences:
+            with watch("self-influences"):
+                selves.append(model.inverse.quadratic(gradients))
+    written, checksums = 0, {}
+    if job.self_influences:
+        block = torch.cat(selves)
+        check_finite(block, "self-influences", "training", samples.start)
+        with watch("write"):
+            checksums[SELVES] = store.write(SELVES, (samples,), to_numpy(block))
+        written += block.nbytes
+    right = right.with_arrays({"values": values})
+    for tile in plan.test_tiles:
+        with watch("read factors"):
+            left = _read_left(store, tile, model)
+        with watch("scores"):
+            block = left.dot(right)
+        written += _write_scores(store, (tile, samples), block, watch, checksums)
+    return written, checksums
+
+
+def _perturbed_strip(job: Job, store: Store, samples: slice, watch: _Watch) -> tuple[int, dict[str, int]]:
+    """The scores of the features of a range of training samples, for all test samples."""
+    model, plan = job.model, job.plan
+    assert plan is not None
+    assert job.train is not None
+    written, checksums = 0, dict[str, int]()
+    for tile in plan.test_tiles:
+        with watch("read factors"):
+            left = _read_left(store, tile, model)
+        block = torch.empty(len(left), length(samples), *plan.work.features, dtype=model.problem.dtype)
+        for part in _batches(samples, plan.batch_size):
+            with watch("read"):
+                batch = job.train.rows(part)
+            with watch("scores"):
+                block[:, _within(part, samples)] = model.perturbations(left, *batch).to(block)
+        written += _write_scores(store, (tile, samples), block, watch, checksums)
+    if job.self_influences:
+        up, more = _strip(replace(job, mode=InfluenceMode.Up, plan=_without_test(plan)), store, samples, watch)
+        return written + up, checksums | more
+    return written, checksums
+
+
+def _read_left(store: Store, tile: slice, model: InfluenceModel) -> DenseRows:
+    values = torch.from_numpy(store.read(FACTORS, (tile,))).to(model.problem.device)
+    check_finite(values, "stored influence factors", "test", tile.start)
+    return DenseRows(values, model.problem.sections)
+
+
+def _write_scores(
+    store: Store, region: tuple[slice, slice], block: Tensor, watch: _Watch, checksums: dict[str, int]
+) -> int:
+    tile, samples = region
+    check_finite(block, "scores", "test", tile.start)
+    with watch("write"):
+        checksums[f"{SCORES} {tile.start}"] = store.write(SCORES, (tile, samples), to_numpy(block))
+    return block.nbytes
+
+
+class _Watch:
+    """Where the time of a task goes, and how much memory its process took."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[what] = self._seconds.get(what, 0.0) + time.perf_counter() - start
+
+    def report(self) -> dict[str, Any]:
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+        return {
+            "seconds": round(time.perf_counter() - self._start, 6),
+            "seconds_by_part": {what: round(seconds, 6) for what, seconds in self._seconds.items()},
+            "peak_bytes": max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - _BASELINE_BYTES),
+            "threads": torch.get_num_threads(),
+        }
+
+
+#: What this process took when it had imported everything; memory is reported above it.
+_BASELINE_BYTES = psutil.Process().memory_info().rss
+
+
+def _without_test(plan: Plan) -> Plan:
+    return replace(plan, work=replace(plan.work, n_test=0, directions=0, features=()))
+
+
+def numpy_name(dtype: torch.dtype) -> str:
+    """What numpy calls a type of torch."""
+    return str(dtype).removeprefix("torch.")
+
+
+def version_of(package: str) -> str:
+    """The installed version of a package."""
+    return importlib.metadata.version(package)
+
+
+def length(samples: slice) -> int:
+    """How many samples."""
+    return int(samples.stop - samples.start)
+
+
+def _within(part: slice, samples: slice) -> slice:
+    return slice(part.start - samples.start, part.stop - samples.start)
+
+
+def _batches(samples: slice, size: int) -> Iterator[slice]:
+    for start in range(samples.start, samples.stop, size):
+        yield slice(start, min(start + size, samples.stop))
