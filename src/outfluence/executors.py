@@ -108,8 +108,8 @@ class DaskExecutor:
             address, n = next(iter(threads.items()))
             raise ClusterError(
                 f"{len(threads)} Dask worker(s) run tasks in several threads ({address} in {n}): torch.func and "
-                "forward hooks give wrong gradients when threads share a model. Start workers with threads_per_worker=1 "
-                "(dask worker --nthreads 1); outfluence gives each worker its share of cores."
+                "forward hooks give wrong gradients when threads share a model. Start workers with "
+                "threads_per_worker=1 (dask worker --nthreads 1); outfluence gives each worker its share of cores."
             )
         try:
             self.client.get_versions(check=True)

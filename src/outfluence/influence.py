@@ -65,7 +65,8 @@ class InfluenceModel:
         """
         data = Data.of(data)
         self.problem.check(data.rows(slice(0, 1)), "training")
-        self._inverse = self.solver.fit(self.problem, data)
+        with torch.enable_grad():  # also where the user has switched gradients off
+            self._inverse = self.solver.fit(self.problem, data)
         self._regularization = per_block(self.solver.regularization, self.problem)
         self._fitted_on = {"fit_data": data.fingerprint, **self.problem.fingerprint()}
         return self

@@ -174,7 +174,8 @@ def check_layers(problem: Problem, layers: dict[str, LinearLayer], batch: Batch)
         if (recorded - expected).abs().amax() > 1e3 * torch.finfo(expected.dtype).eps * scale + 1e-30:
             raise UnsupportedLayerError(
                 f"layer {block!r}: its parameters' gradients are not those of a linear layer (are they used "
-                "elsewhere, in the loss or in another layer?): freeze them, or use another method (DirectInfluence takes any model)"
+                "elsewhere, in the loss or in another layer?): freeze them, or use another method (DirectInfluence "
+                "takes any model)"
             )
 
 

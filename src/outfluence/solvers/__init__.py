@@ -76,7 +76,7 @@ def per_block(regularization: Regularization, problem: Problem) -> dict[str, flo
     for block in blocks:
         try:
             result[block] = float(regularization[block])
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ProblemError(
                 f"the regularization of block {block!r} is no number: {regularization[block]!r}"
             ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -34,7 +34,7 @@ class DirectSolver:
         """One pass over the data per block."""
         regularization = per_block(self.regularization, problem)
         matrices = {block: Curvature(problem, data, block, self.second_order_mode).dense() for block in problem.blocks}
-        return DirectInverse(matrices, regularization)
+        return DirectInverse.of(matrices, regularization)
 
     def options(self) -> dict[str, Any]:
         """The matrix chosen."""
@@ -47,23 +47,24 @@ class DirectInverse:
 
     Attributes:
         matrices: H, per block.
-        regularization: lambda, per block.
-
-    Raises:
-        SingularMatrixError: if a block has no inverse at working precision.
+        factors: those of ``H + lambda 1``, per block.
     """
 
     matrices: Mapping[str, Tensor]
-    regularization: Mapping[str, float]
-    _factors: dict[str, _Factor] = field(init=False, repr=False)
+    factors: Mapping[str, Factor]
 
-    def __post_init__(self) -> None:
-        factors = {name: _factorise(name, h, self.regularization[name]) for name, h in self.matrices.items()}
-        object.__setattr__(self, "_factors", factors)
+    @classmethod
+    def of(cls, matrices: Mapping[str, Tensor], regularization: Mapping[str, float]) -> Self:
+        """Factorise.
+
+        Raises:
+            SingularMatrixError: if a block has no inverse at working precision.
+        """
+        return cls(matrices, {name: _factorise(name, h, regularization[name]) for name, h in matrices.items()})
 
     def left(self, gradients: DenseRows) -> DenseRows:
         """``(H + lambda 1)^-1 g`` per block."""
-        solved = [self._factors[name].solve(part.T).T for name, part in gradients.by_block().items()]
+        solved = [self.factors[name].solve(part.T).T for name, part in gradients.by_block().items()]
         return gradients.with_arrays({"values": torch.cat(solved, dim=1)})
 
     def right(self, gradients: DenseRows) -> DenseRows:
@@ -74,13 +75,16 @@ class DirectInverse:
         """The dot products of left rows and gradients."""
         return self.left(gradients).dot_each(gradients)
 
-    def with_regularization(self, regularization: Mapping[str, float]) -> DirectInverse:
+    def with_regularization(self, regularization: Mapping[str, float]) -> Self:
         """Factorises again; the matrix is kept."""
-        return DirectInverse(self.matrices, dict(regularization))
+        return self.of(self.matrices, regularization)
 
     def to(self, device: torch.device | str) -> Self:
         """On a device."""
-        return type(self)({name: h.to(device) for name, h in self.matrices.items()}, self.regularization)
+        return type(self)(
+            {name: h.to(device) for name, h in self.matrices.items()},
+            {name: factor.to(device) for name, factor in self.factors.items()},
+        )
 
     @property
     def nbytes(self) -> int:
@@ -89,28 +93,33 @@ class DirectInverse:
 
 
 @dataclass(frozen=True)
-class _Factor:
+class Factor:
     """Cholesky (``pivots`` is None), or LDL^T for an indefinite matrix."""
 
     factor: Tensor
     pivots: Tensor | None
 
     def solve(self, columns: Tensor) -> Tensor:
+        """The solution for each column of ``(P, k)``."""
         if self.pivots is None:
             return torch.cholesky_solve(columns, self.factor)
         solution: Tensor = torch.linalg.ldl_solve(self.factor, self.pivots, columns.contiguous())
         return solution
 
+    def to(self, device: torch.device | str) -> Factor:
+        """On a device."""
+        return Factor(self.factor.to(device), None if self.pivots is None else self.pivots.to(device))
 
-def _factorise(block: str, matrix: Tensor, regularization: float) -> _Factor:
+
+def _factorise(block: str, matrix: Tensor, regularization: float) -> Factor:
     regularized = matrix.clone()
     regularized.diagonal().add_(regularization)
     factor, failed = torch.linalg.cholesky_ex(regularized)
     if not failed:
-        result, singular = _Factor(factor, None), False
+        result, singular = Factor(factor, None), False
     else:
         factor, pivots, info = torch.linalg.ldl_factor_ex(regularized)
-        result, singular = _Factor(factor, pivots), bool(info)
+        result, singular = Factor(factor, pivots), bool(info)
     condition = float("inf") if singular else _condition(regularized, result)
     if not condition * torch.finfo(matrix.dtype).eps < 1:
         raise SingularMatrixError(
@@ -121,7 +130,7 @@ def _factorise(block: str, matrix: Tensor, regularization: float) -> _Factor:
     return result
 
 
-def _condition(matrix: Tensor, factor: _Factor) -> float:
+def _condition(matrix: Tensor, factor: Factor) -> float:
     """An estimate of the condition number from below: a few steps of power iteration on the matrix and its inverse."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(len(matrix), 1, generator=generator, dtype=torch.float64).to(matrix)

@@ -85,6 +85,7 @@ class KroneckerSolver:
                 else:
                     square = torch.einsum("noi,n->oi", (rotated_d.mT @ rotated_a).square(), weight)
                 eigenvalues[name] += square / len(data)
+        _check_invertible(eigenvalues, regularization)
         return KroneckerInverse(layers, vectors, eigenvalues, regularization)
 
     def options(self) -> dict[str, Any]:
@@ -94,7 +95,7 @@ class KroneckerSolver:
     def _moments(
         self, problem: Problem, layers: dict[str, LinearLayer], data: Data, what: str
     ) -> Iterator[tuple[str, Tensor, Tensor, Tensor, bool]]:
-        """For each batch, label and layer: its block, inputs, output gradients, sample weights, and whether inputs are new.
+        """For each batch, label and layer: block, inputs, output gradients, sample weights, whether inputs are new.
 
         They are not for the second and later labels of the exact expectation.
         """
@@ -142,25 +143,12 @@ class KroneckerInverse:
         vectors: per block ``Q_out (d_out, d_out)`` and ``Q_in (d_in, d_in)``, eigenvectors as columns.
         eigenvalues: Lambda, per block ``(d_out, d_in)``.
         regularization: lambda, per block.
-
-    Raises:
-        SingularMatrixError: if an eigenvalue plus its regularization is zero.
     """
 
     layers: Mapping[str, LinearLayer]
     vectors: Mapping[str, tuple[Tensor, Tensor]]
     eigenvalues: Mapping[str, Tensor]
     regularization: Mapping[str, float]
-
-    def __post_init__(self) -> None:
-        for name, values in self.eigenvalues.items():
-            smallest, largest = (v.item() + self.regularization[name] for v in values.aminmax())
-            if not smallest > torch.finfo(values.dtype).eps * largest:
-                raise SingularMatrixError(
-                    f"layer {name!r} has no inverse at hessian_regularization {self.regularization[name]:g}: its "
-                    f"smallest eigenvalue is {values.amin().item():.1e}, its largest {values.amax().item():.1e}. Raise "
-                    f"it; a tenth of the mean eigenvalue, {values.mean().item() / 10:.1e}, is a usual choice."
-                )
 
     def left(self, gradients: DenseRows) -> DenseRows:
         """``Q_out (Q_out^T g Q_in / (Lambda + lambda)) Q_in^T``, g the gradient matrix of a sample and layer."""
@@ -181,6 +169,7 @@ class KroneckerInverse:
 
     def with_regularization(self, regularization: Mapping[str, float]) -> Self:
         """The same eigenvectors and eigenvalues."""
+        _check_invertible(self.eigenvalues, regularization)
         return replace(self, regularization=dict(regularization))
 
     def to(self, device: torch.device | str) -> Self:
@@ -226,6 +215,18 @@ def _check_cross_entropy(problem: Problem) -> None:
             "torch.nn.CrossEntropyLoss without weights and smoothing). For another loss use fisher='empirical', which "
             "takes the labels of the data."
         )
+
+
+def _check_invertible(eigenvalues: Mapping[str, Tensor], regularization: Mapping[str, float]) -> None:
+    for name, values in eigenvalues.items():
+        damping = regularization[name]
+        smallest, largest = (value.item() for value in values.aminmax())
+        if not smallest + damping > torch.finfo(values.dtype).eps * (largest + damping):
+            raise SingularMatrixError(
+                f"layer {name!r} has no inverse at hessian_regularization {damping:g}: its smallest eigenvalue is "
+                f"{smallest:.1e}, its largest {largest:.1e}. Raise it; a tenth of the mean eigenvalue, "
+                f"{values.mean().item() / 10:.1e}, is a usual choice."
+            )
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,37 @@
+"""Fixtures: small problems of every shape, and one Dask cluster for all tests."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from cases import CASES, make_case
+
+
+@pytest.fixture(autouse=True)
+def _own_randomness():
+    """Each test starts from the same seed and leaves torch's generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture(params=sorted(CASES))
+def case(request):
+    return make_case(request.param)
+
+
+@pytest.fixture(scope="session")
+def client():
+    from distributed import Client, LocalCluster
+
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
