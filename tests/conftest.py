@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from distributed import Client, LocalCluster
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -28,8 +29,6 @@ def case(request):
 
 @pytest.fixture(scope="session")
 def client():
-    from distributed import Client, LocalCluster
-
     with (
         LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
         Client(cluster, set_as_default=False) as client,

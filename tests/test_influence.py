@@ -8,14 +8,14 @@ import random
 
 import numpy as np
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
-from cases import make_case
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from outfluence import DirectInfluence, EkfacInfluence
+import reference
+from cases import make_case
+from outfluence import Data, DirectInfluence, EkfacInfluence
 from outfluence.data import tree_leaves, tree_map
 from outfluence.errors import DataError, NonFiniteError, NotFittedError, ProblemError, SingularMatrixError
 from outfluence.solvers.direct import DirectSolver
@@ -265,7 +265,7 @@ def test_an_indefinite_matrix_is_solved():
     case = make_case("mlp_regression")
     eigenvalues = np.linalg.eigvalsh(reference.hessian(case.model, case.loss, *case.train)) + LAMBDA
     assert eigenvalues.min() < 0 < eigenvalues.max()
-    inverse = DirectSolver(LAMBDA).fit(fitted(case).problem, _data(case.train))
+    inverse = DirectSolver(LAMBDA).fit(fitted(case).problem, Data.of(TensorDataset(*case.train)))
     assert inverse.factors["all"].pivots is not None
 
 
@@ -313,9 +313,3 @@ def test_perturbation_of_integers_is_refused():
     tokens = (case.test[0][0], case.test[0][1].long())
     with pytest.raises(ProblemError, match="exactly one floating-point array; it holds 0"):
         model.influences_from_factors(model.influence_factors(*case.test), tokens, case.test[1], mode="perturbation")
-
-
-def _data(arrays):
-    from outfluence import Data
-
-    return Data.of(TensorDataset(*arrays))

@@ -16,9 +16,11 @@ from torch.utils import _pytree
 from tqdm.auto import tqdm
 
 from outfluence.data import Batch, Data
+from outfluence.errors import NonFiniteError
 from outfluence.layers import sum_of_losses
 from outfluence.modes import SecondOrderMode
 from outfluence.problem import Problem
+from outfluence.rows import check_finite
 
 #: Samples at a time where the data has no opinion, and vectors at a time. Their product bounds the memory of a product.
 BATCH_SIZE = 256
@@ -52,10 +54,9 @@ class Curvature:
     def matmat(self, vectors: Tensor) -> Tensor:
         """The matrix times vectors: ``(P, k)`` to ``(P, k)``, in one pass over the data."""
         names = self.problem.blocks[self.block]
-        product = {SecondOrderMode.HESSIAN: _hessian, SecondOrderMode.GAUSS_NEWTON: _gauss_newton}[self.mode]
         rows = vectors.T.contiguous()
         total = torch.zeros_like(rows)
-        size = self.data.batch_size or BATCH_SIZE
+        size, first = self.data.batch_size or BATCH_SIZE, 0
         steps = tqdm(
             self.data.batches(size),
             f"{self.mode} of {self.block}",
@@ -63,10 +64,13 @@ class Curvature:
             disable=not self.progress,
         )
         for batch in steps:
-            multiply = product(self.problem, names, Batch(*map(self.problem.on_device, batch)))
+            multiply = self._product(names, batch)
             for start in range(0, len(rows), _VECTORS):
                 part = slice(start, start + _VECTORS)
                 total[part] += self.problem.flatten(vmap(multiply)(self.problem.unflatten(rows[part], names)), names)
+            if not total.isfinite().all():
+                self._blame(slice(first, first + size))
+            first += size
         return total.T / len(self.data)
 
     def dense(self) -> Tensor:
@@ -75,6 +79,22 @@ class Curvature:
         eye = torch.eye(section.stop - section.start, dtype=self.problem.dtype, device=self.problem.device)
         matrix = self.matmat(eye)
         return (matrix + matrix.T) / 2
+
+    def _product(self, names: tuple[str, ...], batch: Batch) -> Callable[[Vector], Vector]:
+        product = {SecondOrderMode.HESSIAN: _hessian, SecondOrderMode.GAUSS_NEWTON: _gauss_newton}[self.mode]
+        return product(self.problem, names, Batch(*map(self.problem.on_device, batch)))
+
+    def _blame(self, samples: slice) -> None:
+        """Name the samples of a batch whose curvature is not finite, one by one: the fit has failed anyway."""
+        names = self.problem.blocks[self.block]
+        ones = {name: torch.ones_like(p) for name, p in self.problem.parameters.items() if name in names}
+        products = []
+        start, stop, _ = samples.indices(len(self.data))
+        for i in range(start, stop):
+            product = self._product(names, self.data.rows(slice(i, i + 1)))(ones)
+            products.append(self.problem.flatten({name: p.unsqueeze(0) for name, p in product.items()}, names))
+        check_finite(torch.cat(products), f"second derivatives ({self.mode})", "training", start)
+        raise NonFiniteError(f"the {self.mode} of block {self.block!r} overflows {self.problem.dtype}", ())
 
 
 def _hessian(problem: Problem, names: tuple[str, ...], batch: Batch) -> Callable[[Vector], Vector]:

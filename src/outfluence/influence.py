@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Self, final
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the name torch's documentation uses
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from outfluence.data import Data, DataLike, Tree, tree_leaves, tree_map

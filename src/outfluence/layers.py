@@ -53,7 +53,7 @@ class LinearLayer:
         """Rows ``(n, P_layer)`` as gradient matrices ``(n, d_out, d_in)``, the bias in the last column."""
         weights = self.d_out * self.d_weight
         weight, bias = torch.split(rows, [weights, rows.shape[1] - weights], dim=1)
-        parts = [weight.reshape(-1, self.d_out, self.d_weight)]
+        parts = [weight.reshape(len(rows), self.d_out, self.d_weight)]
         if self.bias is not None:
             parts.append(bias.unsqueeze(2))
         return torch.cat(parts, dim=2)

@@ -317,20 +317,22 @@ def _check_deterministic(model: nn.Module) -> None:
 
 
 def _name_of(thing: Any) -> str:
-    if isinstance(thing, partial):
-        return f"partial({_name_of(thing.func)}, {thing.args}, {thing.keywords})"
-    if isinstance(thing, nn.Module):
-        return f"{type(thing).__module__}.{thing}"
     return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"
 
 
 def _code_of(function: Any) -> str:
-    """A hash of what a Python function of the user's does; nothing for library code."""
-    function = inspect.unwrap(function) if callable(function) else function
+    """A hash of what a function or object of the user's does, as far as can be seen; nothing for library functions."""
+    if isinstance(function, partial):
+        return _short_hash(f"{_name_of(function.func)} {_code_of(function.func)} {function.args} {function.keywords}")
+    if isinstance(function, nn.Module):  # a loss: its settings do not show in its repr
+        settings = {k: v for k, v in vars(function).items() if not k.startswith("_") and k != "training"}
+        return _short_hash(f"{settings} {dict(function.state_dict())} {_code_of(type(function).forward)}")
+    function = inspect.unwrap(function)
     code = getattr(function, "__code__", None)
     if code is None or (getattr(function, "__module__", "") or "").startswith("torch."):
         return ""
-    return _short_hash(_code_text(code))
+    closure = [cell.cell_contents for cell in function.__closure__ or ()]
+    return _short_hash(f"{_code_text(code)} {function.__defaults__} {[_code_of(c) or repr(c) for c in closure]}")
 
 
 def _code_text(code: CodeType) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 - the name torch's documentation uses
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -26,7 +26,7 @@ from outfluence.errors import ProblemError, SingularMatrixError
 from outfluence.layers import LinearLayer, check_layers, linear_layers, record, sum_of_losses
 from outfluence.modes import FisherMode
 from outfluence.problem import Problem
-from outfluence.rows import DenseRows
+from outfluence.rows import DenseRows, check_finite
 from outfluence.solvers import Regularization, per_block
 
 
@@ -107,6 +107,8 @@ class KroneckerSolver:
             for i, (loss, weight) in enumerate(draws):
                 gradients = recording.output_gradients(loss, keep=i + 1 < len(draws))
                 for name in layers:
+                    for moments, whose in ((recording.inputs[name], "inputs"), (gradients[name], "output gradients")):
+                        check_finite(moments, f"{whose} of layer {name!r}", "training", start)
                     yield name, recording.inputs[name], gradients[name], weight, i == 0
             start += len(weight)
 

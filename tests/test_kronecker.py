@@ -1,0 +1,297 @@
+"""K-FAC and EK-FAC against dense Kronecker products written from the papers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import reference
+from cases import make_case
+from outfluence import DirectInfluence, EkfacInfluence
+from outfluence.errors import NonFiniteError, ProblemError, SingularMatrixError, UnsupportedLayerError
+from outfluence.solvers.kronecker import uniform_draws
+
+LAMBDA = 0.02
+
+
+class OverPositions(nn.Module):
+    """Linear layers applied at each of several positions, one without a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 4)
+        self.second = nn.Linear(4, 4, bias=False)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))).mean(1))
+
+
+def mlp():
+    case = make_case("mlp")
+    return case.model, case.train, case.test
+
+
+def over_positions():
+    torch.manual_seed(0)
+    data = [(torch.randn(n, 5, 3).double(), torch.randint(0, 3, (n,))) for n in (24, 7)]
+    return OverPositions().double(), *data
+
+
+PROBLEMS = {"mlp": mlp, "positions": over_positions}
+
+
+def labels_and_weights(model, train, fisher, seed=0):
+    """The labels that each kind of Fisher takes its gradients at, (n, k), and what each weighs."""
+    x, y = train
+    probabilities = model(x).softmax(1).detach()
+    if fisher == "empirical":
+        return y[:, None], torch.ones(len(x), 1)
+    if fisher == "exact":
+        return torch.arange(3).expand(len(x), 3), probabilities
+    below = probabilities.numpy().cumsum(1) < uniform_draws(seed, 0, len(x))[:, None]
+    return torch.from_numpy(below.sum(1))[:, None], torch.ones(len(x), 1)
+
+
+def reference_by_layer(model, train, test, fisher, update_diagonal, right):
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Linear):
+            continue
+        matrix = reference.kronecker_matrix(
+            model, layer, train[0], *labels_and_weights(model, train, fisher), update_diagonal
+        )
+        names = [f"{name}.{p}" for p, _ in layer.named_parameters()]
+        rows = [
+            reference.bias_last(reference.gradients(model, F.cross_entropy, *data, names), *layer.weight.shape)
+            for data in (test, right)
+        ]
+        yield name, reference.influences(matrix, LAMBDA, *rows)
+
+
+@pytest.mark.parametrize("update_diagonal", [False, True], ids=["kfac", "ekfac"])
+@pytest.mark.parametrize("fisher", ["sampled", "exact", "empirical"])
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_equals_the_dense_kronecker_formulas(problem, fisher, update_diagonal):
+    model, train, test = PROBLEMS[problem]()
+    influence = EkfacInfluence(model, update_diagonal, LAMBDA, fisher=fisher)
+    influence.fit(DataLoader(TensorDataset(*train), batch_size=10))  # 10 + 10 + 4
+    by_layer = influence.influences_by_layer(*test, *train)
+    total = 0
+    for name, expected in reference_by_layer(model, train, test, fisher, update_diagonal, train):
+        assert np.abs(by_layer[name].numpy() - expected).max() <= 1e-8 * np.abs(expected).max()
+        total = total + expected
+    assert np.abs(influence.influences(*test, *train).numpy() - total).max() <= 1e-8 * np.abs(total).max()
+    # More test than training samples: rows stay test samples.
+    few = influence.influences_by_layer(*test, *(part[:2] for part in train))
+    assert all(scores.shape == (7, 2) for scores in few.values())
+
+
+def test_the_inverse_matters_here():
+    model, train, test = mlp()
+    exact = EkfacInfluence(model, True, LAMBDA, fisher="exact").fit(train).influences(*test, *train).numpy()
+    plain = reference.gradients(model, F.cross_entropy, *test) @ reference.gradients(model, F.cross_entropy, *train).T
+    plain *= (exact * plain).sum() / (plain * plain).sum()
+    assert np.abs(exact - plain).max() > 0.1 * np.abs(exact).max()
+
+
+def test_one_linear_layer_is_exact_where_theory_says_so():
+    """One layer, one position, inputs and output gradients independent: K-FAC, EK-FAC and the Fisher coincide.
+
+    With a zero weight the class probabilities are the same for every input, so that the expectation separates. For cross
+    entropy the Fisher is the Gauss-Newton matrix.
+    """
+    model = nn.Linear(4, 3, bias=False).double()
+    nn.init.zeros_(model.weight)
+    data = torch.randn(24, 4).double(), torch.randint(0, 3, (24,))
+    expected = DirectInfluence(model, F.cross_entropy, LAMBDA, second_order_mode="gauss_newton").fit(data)
+    for update_diagonal in (False, True):
+        influence = EkfacInfluence(model, update_diagonal, LAMBDA, fisher="exact").fit(data)
+        assert torch.allclose(influence.influences(*data), expected.influences(*data), rtol=1e-8, atol=1e-10)
+
+
+def test_sampled_labels_estimate_the_exact_expectation():
+    """Labels come from the model: with those of the data the trace of the output factor would be another."""
+    model, (x, _), _ = mlp()
+    x = x.repeat(400, 1)
+    y = model(x).argmin(1)  # labels that the model holds for the least likely
+    trace = {}
+    for fisher in ("sampled", "exact", "empirical"):
+        values = EkfacInfluence(model, True, 1.0, fisher=fisher).fit((x, y)).inverse.eigenvalues
+        trace[fisher] = values["2"].sum().item()
+    assert trace["sampled"] == pytest.approx(trace["exact"], rel=0.02)
+    assert abs(trace["empirical"] / trace["exact"] - 1) > 0.1
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "exact", "empirical"])
+def test_fit_does_not_depend_on_batches(fisher):
+    model, train, test = mlp()
+    scores = [
+        EkfacInfluence(model, True, LAMBDA, fisher=fisher, seed=3)
+        .fit(DataLoader(TensorDataset(*train), batch_size=size))
+        .influences(*test, *train)
+        for size in (24, 10, 7, 1)
+    ]
+    assert all(torch.allclose(s, scores[0], rtol=1e-10, atol=1e-10) for s in scores)
+
+
+def test_the_seed_is_used():
+    model, train, test = mlp()
+    a, b, again = (EkfacInfluence(model, True, LAMBDA, seed=s).fit(train).influences(*test) for s in (0, 1, 0))
+    assert torch.equal(a, again)
+    assert not torch.allclose(a, b)
+
+
+def test_draws_depend_on_seed_and_index_only():
+    whole = uniform_draws(5, 0, 10_000)
+    assert np.array_equal(np.concatenate([uniform_draws(5, 0, 13), uniform_draws(5, 13, 10_000)]), whole)
+    assert 0 < whole.min() < whole.max() <= 1
+    assert abs(whole.mean() - 0.5) < 0.01
+    assert not np.array_equal(uniform_draws(6, 0, 10_000), whole)
+
+
+def test_frozen_parts_are_left_out():
+    model, train, test = mlp()
+    model[0].weight.requires_grad_(False)
+    influence = EkfacInfluence(model, True, LAMBDA, fisher="exact").fit(train)
+    assert influence.n_parameters == 5 + 15 + 3
+    matrix = _bias_matrix(model, train)
+    left, right = (reference.gradients(model, F.cross_entropy, *d, ["0.bias"]) for d in (test, train))
+    actual = influence.influences_by_layer(*test, *train)["0"].numpy()
+    assert np.abs(actual - reference.influences(matrix, LAMBDA, left, right)).max() < 1e-8
+
+
+def _bias_matrix(model, train):
+    """EK-FAC of a bias alone: eigenvectors of the second moment of its gradients, and so that moment itself."""
+    labels, weights = labels_and_weights(model, train, "exact")
+    rows = reference.layer_moments(model, model[0], train[0], labels, weights)
+    return sum(w * d.T @ d for _, d, w in rows) / len(train[0])
+
+
+def test_a_frozen_layer_is_not_looked_at():
+    model, train, test = mlp()
+    model[0].requires_grad_(False)
+    influence = EkfacInfluence(model, True, LAMBDA).fit(train)
+    assert list(influence.influences_by_layer(*test)) == ["2"]
+
+
+def test_self_influences_are_the_diagonal():
+    model, train, _ = over_positions()
+    influence = EkfacInfluence(model, True, LAMBDA).fit(train)
+    assert torch.allclose(influence.self_influences(*train), influence.influences(*train).diagonal())
+
+
+def test_explore_hessian_regularization():
+    model, train, _ = mlp()
+    influence = EkfacInfluence(model, True, LAMBDA).fit(train)
+    explored = influence.explore_hessian_regularization(*train, [0.1, 1.0])
+    assert list(explored) == [0.1, 1.0]
+    for value, by_layer in explored.items():
+        again = EkfacInfluence(model, True, value).fit(train).influences_by_layer(*train)
+        assert all(torch.allclose(by_layer[layer], again[layer]) for layer in again)
+    assert influence.regularization == {"0": LAMBDA, "2": LAMBDA}
+
+
+def test_perturbation_equals_the_dense_reference():
+    model, train, test = mlp()
+    influence = EkfacInfluence(model, True, LAMBDA, fisher="exact").fit(train)
+    actual = influence.influences(*test, *train, mode="perturbation")
+    factors = influence.influence_factors(*test).numpy()
+    expected = reference.perturbations(model, F.cross_entropy, np.zeros((43, 43)), 1.0, factors, *train)
+    assert np.abs(actual.numpy() - expected).max() < 1e-8
+
+
+def test_other_losses_with_the_labels_of_the_data():
+    case = make_case("mlp_regression")
+    influence = EkfacInfluence(case.model, True, LAMBDA, loss=case.loss, fisher="empirical").fit(case.train)
+    basis = influence.inverse.vectors["0"]
+    gradients = torch.from_numpy(reference.gradients(case.model, case.loss, *case.train, ["0.weight", "0.bias"]))
+    layer = influence.inverse.layers["0"]
+    expected = (basis[0].T @ layer.to_matrix(gradients) @ basis[1]).square().mean(0)
+    assert torch.allclose(influence.inverse.eigenvalues["0"], expected)
+
+
+# Bad input
+
+
+def test_an_unsupported_layer_is_named():
+    case = make_case("cnn")
+    with pytest.raises(UnsupportedLayerError, match=r"layer '0' \(Conv2d\) is not a linear layer.*freeze"):
+        EkfacInfluence(case.model, True, LAMBDA).fit(case.train)
+    case.model[0].requires_grad_(False)
+    EkfacInfluence(case.model, True, LAMBDA).fit(case.train)
+
+
+def test_shared_weights_are_refused():
+    case = make_case("tied")
+    with pytest.raises(UnsupportedLayerError, match=r"'second'.*shares its weight with layer 'first'"):
+        EkfacInfluence(case.model, True, LAMBDA).fit(case.train)
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.layer(torch.tanh(self.layer(x))))
+
+
+class Around(Twice):
+    def forward(self, x):
+        return self.head(F.linear(x, self.layer.weight, self.layer.bias))
+
+
+class Beside(Twice):
+    def forward(self, x):
+        return self.head(self.layer(x)) + self.layer.weight.square().sum()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Twice, "layer 'layer' is called more than once"),
+        (Around, "layer 'layer' is never called"),
+        (Beside, "layer 'layer': its parameters' gradients are not those of a linear layer"),
+    ],
+)
+def test_parameters_used_in_other_ways_are_refused(model, message):
+    train = make_case("mlp").train
+    with pytest.raises(UnsupportedLayerError, match=message):
+        EkfacInfluence(model().double(), True, LAMBDA, loss=_picky, fisher="empirical").fit(train)
+
+
+def _picky(output, y):
+    return F.cross_entropy(output * torch.tensor([1.0, 2.0, 3.0], dtype=output.dtype), y)
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(label_smoothing=0.1), F.mse_loss, _picky])
+def test_labels_are_drawn_for_plain_cross_entropy_only(loss):
+    model, train, _ = mlp()
+    data = train if loss is not F.mse_loss else (train[0], torch.randn(24, 3).double())
+    with pytest.raises(ProblemError, match="plain cross entropy only"):
+        EkfacInfluence(model, True, LAMBDA, loss=loss).fit(data)
+
+
+def test_a_singular_fisher_is_refused_with_a_way_out():
+    model, (x, y), _ = mlp()
+    x = x.clone()
+    x[:, 0] = 0  # a dead input
+    with pytest.raises(SingularMatrixError, match=r"layer '0' has no inverse.*a tenth of the mean eigenvalue"):
+        EkfacInfluence(model).fit((x, y))
+    influence = EkfacInfluence(model, hessian_regularization=0.1).fit((x, y))
+    with pytest.raises(SingularMatrixError):
+        influence.with_regularization(0.0)
+
+
+def test_gradients_that_are_not_finite_are_reported_by_fit():
+    model, (x, y), _ = mlp()
+    x = x.clone()
+    x[13, 2] = float("nan")
+    with pytest.raises(NonFiniteError, match="training sample 13"):
+        EkfacInfluence(model, True, LAMBDA).fit(DataLoader(TensorDataset(x, y), batch_size=5))
+    with pytest.raises(NonFiniteError, match="training sample 13"):
+        DirectInfluence(model, F.cross_entropy, 10.0).fit(DataLoader(TensorDataset(x, y), batch_size=5))

@@ -1,0 +1,169 @@
+"""Blocks, layouts, and what a Problem refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import reference
+from cases import Nested, make_case
+from outfluence import BlockMode, DirectInfluence, Problem
+from outfluence.data import Data
+from outfluence.errors import NonFiniteError, ProblemError
+
+NAMES = ["scale", "body.0.weight", "body.0.bias", "body.1.1.weight", "body.1.1.bias"]
+
+
+def nested(structure):
+    return Problem(Nested(), F.cross_entropy, structure)
+
+
+@pytest.mark.parametrize(
+    ("structure", "blocks"),
+    [
+        (BlockMode.FULL, {"all": NAMES}),
+        ("layer_wise", {"(root)": NAMES[:1], "body.0": NAMES[1:3], "body.1.1": NAMES[3:]}),
+        (BlockMode.PARAMETER_WISE, {name: [name] for name in NAMES}),
+        ({"late": NAMES[3:], "early": NAMES[:3]}, {"late": NAMES[3:], "early": NAMES[:3]}),
+        ({"a": dict.fromkeys(NAMES[:4]), "b": NAMES[4]}, {"a": NAMES[:4], "b": NAMES[4:]}),
+    ],
+)
+def test_blocks(structure, blocks):
+    problem = nested(structure)
+    assert list(problem.blocks) == list(blocks)
+    assert {name: list(members) for name, members in problem.blocks.items()} == blocks
+    stops = [section.stop for section in problem.sections.values()]
+    assert stops[-1] == problem.n_parameters == 4 + 12 + 3 + 9 + 3
+
+
+@pytest.mark.parametrize(
+    ("structure", "message"),
+    [
+        ({"a": NAMES, "b": NAMES[:1]}, "scale: in more than one block"),
+        ({"a": NAMES[1:]}, "scale: in no block; freeze"),
+        ({"a": [*NAMES, "head.weight"]}, r"head\.weight: no trainable parameter"),
+        ({"a": NAMES, "b": []}, "b: a block without parameters"),
+        ("rows", "'rows' is no BlockMode; choose one of 'full', 'layer_wise', 'parameter_wise'"),
+    ],
+)
+def test_wrong_blocks_are_refused(structure, message):
+    with pytest.raises(ValueError, match=message):
+        nested(structure)
+
+
+def test_gradients_equal_autograd(case):
+    problem = Problem(case.model, case.loss)
+    expected = reference.gradients(case.model, case.loss, *case.train)
+    assert np.abs(problem.gradients(*case.train).values.numpy() - expected).max() < 1e-12
+
+
+def test_flatten_and_unflatten_are_inverse():
+    problem = nested("layer_wise")
+    rows = torch.randn(3, problem.n_parameters)
+    assert torch.equal(problem.flatten(problem.unflatten(rows)), rows)
+
+
+def test_no_trainable_parameters():
+    model = nn.Linear(2, 2)
+    model.requires_grad_(False)
+    with pytest.raises(ProblemError, match="Linear has no trainable parameters"):
+        DirectInfluence(model, F.cross_entropy)
+
+
+def sample(width=4):
+    return Data.from_arrays(torch.randn(3, width), torch.tensor([0, 1, 2]))
+
+
+@pytest.mark.parametrize(
+    "loss", [lambda z, y: F.cross_entropy(z, y, reduction="none"), lambda z, y: z.square(), lambda z, y: 1.0]
+)
+def test_a_loss_that_is_no_scalar(loss):
+    with pytest.raises(ProblemError, match="the loss of one sample must be a scalar tensor"):
+        DirectInfluence(nn.Linear(4, 3), loss, 1.0).fit(sample())
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.BatchNorm1d(4), r"layer '1' \(BatchNorm1d\) normalises over the batch.*model\.eval\(\)"),
+        (nn.Dropout(0.1), r"layer '1' \(Dropout\) drops out at random: call model\.eval"),
+        (nn.Sequential(nn.AlphaDropout(0.5)), r"layer '1\.0' \(AlphaDropout\) drops out"),
+    ],
+)
+def test_layers_that_depend_on_batch_or_chance(layer, message):
+    model = nn.Sequential(nn.Linear(4, 4), layer, nn.Linear(4, 3))
+    with pytest.raises(ProblemError, match=message):
+        DirectInfluence(model, F.cross_entropy, 1.0).fit(sample())
+    model.eval()
+    DirectInfluence(model, F.cross_entropy, 1.0).fit(sample())
+
+
+def test_batch_norm_without_running_statistics_is_refused_also_in_eval_mode():
+    model = nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3)).eval()
+    with pytest.raises(ProblemError, match="normalises over the batch"):
+        DirectInfluence(model, F.cross_entropy, 1.0).fit(sample())
+
+
+def test_inactive_dropout_and_group_norm_are_fine_in_training_mode():
+    model = nn.Sequential(nn.Linear(4, 4), nn.GroupNorm(2, 4), nn.Dropout(0.0), nn.Linear(4, 3)).train()
+    DirectInfluence(model, F.cross_entropy, 1.0).fit(sample())
+
+
+def test_a_model_that_fails_says_on_what():
+    with pytest.raises(ProblemError, match=r"fails on training sample 0 \(x: float32 \(5,\), y: int64 \(\)\)"):
+        DirectInfluence(nn.Linear(4, 3), F.cross_entropy, 1.0).fit(sample(5))
+    with pytest.raises(ProblemError, match=r"fails on training sample 0 \(x: float64"):
+        DirectInfluence(nn.Linear(4, 3), F.cross_entropy, 1.0).fit((np.zeros((2, 4)), np.zeros(2, int)))
+
+
+def test_a_first_sample_that_is_not_finite():
+    x = torch.randn(3, 4)
+    x[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="gradients for training sample 0"):
+        DirectInfluence(nn.Linear(4, 3), F.cross_entropy, 1.0).fit((x, torch.tensor([0, 1, 2])))
+
+
+def test_second_derivatives_that_are_not_finite_name_the_sample():
+    class Root(nn.Linear):
+        def forward(self, x):  # at 0 the gradient of x^1.5 is finite, the second derivative is not
+            return super().forward(x).clamp(min=0) ** 1.5
+
+    model = Root(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    x = torch.tensor([[1.0], [2.0], [0.5], [0.0]])
+    with torch.no_grad():
+        x[3] = 1e-45
+    with pytest.raises(NonFiniteError, match=r"second derivatives \(hessian\) for training sample 3"):
+        DirectInfluence(model, lambda z, y: (z.double() ** -0.9).sum().float(), 1.0).fit((x, None))
+
+
+def test_fingerprints_tell_problems_apart():
+    def of(model, loss=F.cross_entropy, structure="full"):
+        return Problem(model, loss, structure).fingerprint()
+
+    case = make_case("mlp")
+    first = of(case.model)
+    assert of(case.model) == first
+    with torch.no_grad():
+        case.model[0].weight[0, 0] += 1e-9
+    changed = of(case.model)
+    assert {k for k in first if first[k] != changed[k]} == {"weights"}
+    assert of(case.model, F.nll_loss)["loss"] != first["loss"]
+    assert of(case.model, lambda z, y: z.sum())["loss"] != of(case.model, lambda z, y: z.mean())["loss"]
+    assert (
+        of(case.model, nn.CrossEntropyLoss(label_smoothing=0.1))["loss"]
+        != of(case.model, nn.CrossEntropyLoss())["loss"]
+    )
+    assert of(case.model, structure="layer_wise")["blocks"] != first["blocks"]
+    case.model[1] = nn.ReLU()
+    assert of(case.model)["model"] != first["model"]
+
+
+def test_the_activations_of_one_sample_are_measured_alone():
+    model = nn.Sequential(nn.Linear(1000, 10), nn.ReLU(), nn.Linear(10, 3))
+    data = Data.from_arrays(torch.randn(500, 1000), torch.zeros(500, dtype=torch.int64))
+    measured = Problem(model, F.cross_entropy).activation_bytes(data.rows(slice(0, 1)))
+    assert 4 * 1010 <= measured <= 4 * 1010 + 200
