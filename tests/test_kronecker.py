@@ -101,8 +101,8 @@ def test_the_inverse_matters_here():
 def test_one_linear_layer_is_exact_where_theory_says_so():
     """One layer, one position, inputs and output gradients independent: K-FAC, EK-FAC and the Fisher coincide.
 
-    With a zero weight the class probabilities are the same for every input, so that the expectation separates. For cross
-    entropy the Fisher is the Gauss-Newton matrix.
+    With a zero weight the class probabilities are the same for every input, so that the expectation separates. For
+    cross entropy the Fisher is the Gauss-Newton matrix.
     """
     model = nn.Linear(4, 3, bias=False).double()
     nn.init.zeros_(model.weight)

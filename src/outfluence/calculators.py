@@ -22,6 +22,7 @@ from typing import Any, final
 import cloudpickle
 import numpy as np
 import psutil
+import torch
 import xarray as xr
 from tqdm.auto import tqdm
 
@@ -280,7 +281,7 @@ class LazyInfluences:
             plan = self._stored_plan(store)
         if not store.is_complete:
             with self._make_executor() as executor:
-                _run(replace(job, plan=plan, store=store.path, threads=None), executor, store, progress)
+                _run(replace(job, plan=plan, store=store.path), executor, store, progress)
             store.drop_inputs()
         return open_influences(store.path)
 
@@ -305,12 +306,16 @@ def _run(job: Job, executor: Executor, store: Store, progress: bool) -> None:
     """Do every task that has left no receipt."""
     assert job.plan is not None
     task_function: Callable[[str, int], dict[str, Any]]
+    # The last bits of a matrix product may depend on the number of threads: go on with as many as were begun with.
+    begun_with = next((r["threads"] for stage in job.plan.stages for r in store.receipts(stage.name)), None)
+    threads_before = torch.get_num_threads()
     if isinstance(executor, DaskExecutor):
-        recipe = _ship(replace(job, threads=executor.torch_threads()), store)
+        recipe = _ship(replace(job, threads=begun_with or executor.torch_threads()), store)
         executor.check_path(str(recipe))
         task_function = partial(remote_task, str(recipe), recipe.stat().st_mtime_ns)
     else:
         task_function = partial(run_task, job)
+        torch.set_num_threads(begun_with or threads_before)
     try:
         for stage in job.plan.stages:
             done = store.done(stage.name)
@@ -334,6 +339,7 @@ def _run(job: Job, executor: Executor, store: Store, progress: bool) -> None:
     finally:
         if isinstance(executor, DaskExecutor):
             executor.forget(forget)
+        torch.set_num_threads(threads_before)
 
 
 def _ship(job: Job, store: Store) -> Path:

@@ -137,18 +137,19 @@ class Data:
         """
         if isinstance(loader.dataset, IterableDataset):
             return cls.from_dataset(loader.dataset)
-        sampler = loader.sampler if loader.batch_size is None else getattr(loader, "batch_sampler", None)
-        if type(sampler) is BatchSampler:
-            sampler = sampler.sampler
+        batches: Any = loader.batch_sampler  # None for a loader that does not batch
+        sampler = batches.sampler if type(batches) is BatchSampler else batches or loader.sampler
         if type(sampler) is not SequentialSampler:
             raise DataError(
                 f"the DataLoader draws its samples with {type(sampler).__name__}: scores could not be matched to "
                 "samples. Make it with shuffle=False and no sampler (choose samples with torch.utils.data.Subset)."
             )
-        data = cls.from_dataset(loader.dataset, collate=_collate_of(loader), batch_size=loader.batch_size)
-        if loader.drop_last and loader.batch_size is not None and len(data) % loader.batch_size:
+        if batches is None:  # its collate_fn converts single samples
+            return cls.from_dataset(loader.dataset)
+        data = cls.from_dataset(loader.dataset, collate=loader.collate_fn, batch_size=batches.batch_size)
+        if batches.drop_last and len(data) % batches.batch_size:
             raise DataError(
-                f"the DataLoader drops its last {len(data) % loader.batch_size} samples (drop_last=True); "
+                f"the DataLoader drops its last {len(data) % batches.batch_size} samples (drop_last=True); "
                 "they would have no score. Make it with drop_last=False."
             )
         return data
@@ -414,11 +415,6 @@ def _pickles_small(thing: Any) -> bool:
         return len(cloudpickle.dumps(thing)) <= _RECIPE_LIMIT
     except Exception:  # whatever a user's object raises, it cannot travel
         return False
-
-
-def _collate_of(loader: DataLoader[Any]) -> Callable[[list[Any]], Any]:
-    # Without batching (batch_size=None) a loader only converts: collate single items ourselves.
-    return torch_collate if loader.batch_size is None else loader.collate_fn
 
 
 def _check_repeatable(source: _Source) -> None:

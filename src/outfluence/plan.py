@@ -7,10 +7,12 @@ grows with the training set only.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import dask.utils
+from dask.utils import format_bytes
 
 from outfluence.errors import PlanError
 
@@ -247,22 +249,10 @@ def parse_bytes(text: str | int) -> int:
     Raises:
         PlanError: if it is neither.
     """
-    if isinstance(text, int):
-        return text
-    match = re.fullmatch(r"\s*([\d.]+)\s*([kKMGT]?)(i?)B?\s*", text)
-    if not match:
-        raise PlanError(f"memory_limit={text!r} is no size; write it like '4GiB' or '500MB'")
-    number, prefix, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
-
-
-def format_bytes(size: float) -> str:
-    """A number of bytes for people: "1.5 GiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if size < 1024 or unit == "TiB":
-            break
-        size /= 1024
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+    try:
+        return int(dask.utils.parse_bytes(text))
+    except ValueError as error:
+        raise PlanError(f"memory_limit={text!r} is no size; write it like '4GiB' or '500MB'") from error
 
 
 def _first_size(n: int, min_tasks: int, largest: int) -> int:

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import zarr
@@ -67,10 +67,12 @@ class Store:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).absolute()
         try:
-            self.group = zarr.open_group(str(self.path), mode="r+")
+            if not self.path.is_dir():  # zarr would make the folder
+                raise FileNotFoundError(self.path)
+            self.group = zarr.open_group(str(self.path), mode="r")
             attributes: dict[str, Any] = dict(self.group.attrs)
             self.about: dict[str, Any] = attributes[ATTRIBUTE]
-        except (FileNotFoundError, KeyError, NotADirectoryError, zarr.errors.ContainsArrayError) as error:
+        except (OSError, KeyError, zarr.errors.ContainsArrayError) as error:
             raise StoreError(f"{self.path} is no store of outfluence") from error
         version = self.about["format_version"]
         if version > FORMAT_VERSION:
@@ -162,7 +164,7 @@ class Store:
 
     def read(self, path: str, region: tuple[slice, ...]) -> np.ndarray:
         """A region of an array."""
-        return np.asarray(self._array(path)[region])
+        return np.asarray(self._array(path, "r")[region])
 
     def write(self, path: str, region: tuple[slice, ...], block: np.ndarray) -> int:
         """Write whole chunks of an array, down to the disk, and read them back.
@@ -173,7 +175,7 @@ class Store:
         Raises:
             StoreError: if what is read back is not what was written, or the disk refuses.
         """
-        array = self._array(path)
+        array = self._array(path, "r+")
         block = np.ascontiguousarray(block)
         if block.dtype != array.dtype:
             raise StoreError(f"{path} holds {array.dtype}, not {block.dtype}")
@@ -245,10 +247,8 @@ class Store:
         """Forget inputs and recipe: the results are complete."""
         shutil.rmtree(self.path / _INPUTS, ignore_errors=True)
 
-    def _array(self, path: str) -> zarr.Array[Any]:
-        array = self.group[path]
-        assert isinstance(array, zarr.Array)
-        return array
+    def _array(self, path: str, mode: Literal["r", "r+"]) -> zarr.Array[Any]:
+        return zarr.open_array(str(self.path / path), mode=mode)
 
     def _chunk_files(self, path: str, array: zarr.Array[Any], region: tuple[slice, ...]) -> Iterator[Path]:
         ranges = []

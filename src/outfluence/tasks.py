@@ -24,9 +24,11 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from distributed import get_worker
 from torch import Tensor
 
 from outfluence.data import Data, to_numpy, tree_leaves
+from outfluence.errors import ClusterError
 from outfluence.influence import InfluenceModel
 from outfluence.modes import InfluenceMode
 from outfluence.plan import Plan, Work
@@ -110,7 +112,14 @@ class Job:
 
 
 def remote_task(recipe: str, version: int, stage: str, task: int) -> dict[str, Any]:
-    """Do a task in a worker, with the job that its store keeps."""
+    """Do a task in a Dask worker, with the job that its store keeps.
+
+    Raises:
+        ClusterError: if the worker runs other tasks beside this one: it may have joined after the calculator looked.
+    """
+    worker = get_worker()
+    if worker.state.nthreads > 1:
+        raise ClusterError(f"worker {worker.address} runs {worker.state.nthreads} threads: start it with --nthreads 1")
     return run_task(_job_from(recipe, version), stage, task)
 
 
