@@ -256,7 +256,8 @@ class _Arrays:
     @property
     def portable(self) -> bool:
         leaves = tree_leaves(self.x) + tree_leaves(self.y)
-        return not any(isinstance(a, (Tensor, np.ndarray)) for a in leaves) and _pickles_small(leaves)
+        here = any(isinstance(a, (Tensor, np.ndarray)) or (isinstance(a, _DaskArray) and a.on_cluster) for a in leaves)
+        return not here and _pickles_small(leaves)
 
     def read(self, start: int, stop: int) -> Batch:
         def part(array: Any) -> Tensor:
@@ -310,6 +311,27 @@ class _MappedFile:
 
     def __getitem__(self, index: slice) -> np.ndarray:
         return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)[index]
+
+
+@dataclass(frozen=True)
+class _DaskArray:
+    """A lazy array, read with the synchronous scheduler: inside a worker another one would start a second torch thread.
+
+    Attributes:
+        array: the dask array.
+        on_cluster: whether parts of it live in the memory of workers, where only a client reaches them.
+    """
+
+    array: Any
+    on_cluster: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.array.shape)
+
+    def __getitem__(self, index: slice) -> np.ndarray:
+        rows = self.array[index]
+        return np.asarray(rows.compute() if self.on_cluster else rows.compute(scheduler="synchronous"))
 
 
 def tree_map(function: Callable[[Any], Any], tree: Tree) -> Tree:
@@ -388,6 +410,8 @@ def _as_arrays(tree: Tree, name: str) -> Tree:
             raise DataError(f"{name} must be an array of numbers, first axis samples; got {describe(leaf)}")
         if isinstance(leaf, np.memmap) and isinstance(leaf.base, mmap.mmap) and leaf.flags.c_contiguous:
             return _MappedFile(str(leaf.filename), leaf.dtype, leaf.offset, leaf.shape)
+        if hasattr(leaf, "__dask_graph__"):
+            return _DaskArray(leaf, on_cluster=any(type(v).__name__ == "Future" for v in _graph_values(leaf)))
         return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
     return tree_map(array, _as_tree(tree))
@@ -403,11 +427,13 @@ def _as_tree(tree: Tree) -> Tree:
 def _as_tensor(array: Any) -> Tensor:
     if isinstance(array, Tensor):
         return array
-    if hasattr(array, "__dask_graph__"):
-        # The synchronous scheduler: inside a worker the default one would start a second torch thread.
-        array = array.compute(scheduler="synchronous")
     array = np.ascontiguousarray(array)
     return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _graph_values(array: Any) -> Iterator[Any]:
+    for value in array.__dask_graph__().values():
+        yield getattr(value, "value", value)  # a data node holds its value
 
 
 def _pickles_small(thing: Any) -> bool:

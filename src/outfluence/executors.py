@@ -85,7 +85,7 @@ class DaskExecutor:
             futures = self.client.map(function, wave, key=keys, pure=False, retries=0)
             task_of = dict(zip(keys, wave, strict=True))
             try:
-                for future in as_completed(futures):
+                for future in as_completed(futures, loop=self.client.loop):
                     task = task_of[future.key]
                     if future.status == "finished":
                         yield Outcome(task, future.result())
