@@ -360,6 +360,26 @@ def test_an_unfinished_store_keeps_its_chunks(mlp32, tmp_path):
     assert Store(path).is_complete
 
 
+def test_a_fit_that_is_repeated_with_other_last_bits_goes_on_with_the_first(mlp32, tmp_path):
+    model, test, train = mlp32
+    path = tmp_path / "a.zarr"
+    whole = SequentialInfluenceCalculator(model).influences(test, train, train_chunk=40).to_zarr(tmp_path / "b.zarr")
+    bad = train[0].clone()
+    bad[57] = float("nan")
+    noisy = model.with_inverse(
+        model.inverse.with_tensors({k: t * (1 + 1e-3) for k, t in model.inverse.tensors.items()})
+    )
+    lazy = SequentialInfluenceCalculator(model).influences(
+        test, Data.from_arrays(bad, train[1], fingerprint="v1"), train_chunk=40
+    )
+    with pytest.raises(RunError):
+        lazy.to_zarr(path)
+    again = (
+        SequentialInfluenceCalculator(noisy).influences(test, Data.from_arrays(*train, fingerprint="v1")).to_zarr(path)
+    )
+    assert np.array_equal(again["scores"], whole["scores"])
+
+
 def test_an_existing_path_is_not_overwritten(mlp32, tmp_path):
     model, test, train = mlp32
     (tmp_path / "a.zarr").mkdir()

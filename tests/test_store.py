@@ -63,6 +63,7 @@ def test_receipts(store):
     store.leave_receipt("scores", 1, {"seconds": 2})
     assert store.done("scores") == {1}
     assert store.receipts("scores") == [{"seconds": 2}]
+    assert [store.receipt("scores", task) for task in range(2)] == [None, {"seconds": 2}]
     assert store.progress() == {"scores": (1, 2)}
     assert not store.is_complete
     assert "scores 1 of 2" in repr(store)
@@ -160,7 +161,8 @@ def test_all_zero_and_nothing_are_different(store):
 def test_inputs_are_kept_for_the_run_and_forgotten_after(store):
     array = store.put_input("train", "x0", 5, iter([np.ones((3, 2)), np.zeros((2, 2))]))
     assert np.array_equal(array[2:4], [[1, 1], [0, 0]])
-    assert store.put_recipe(b"recipe").read_bytes() == b"recipe"
+    assert store.put_file("recipe.pkl", b"recipe") == store.input_file("recipe.pkl")
+    assert store.input_file("recipe.pkl").read_bytes() == b"recipe"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         xr.open_zarr(store.path)  # not disturbed by what lies beside the arrays

@@ -7,6 +7,7 @@ the same numbers.
 from __future__ import annotations
 
 import datetime
+import io
 import os
 import platform
 import shutil
@@ -280,8 +281,9 @@ class LazyInfluences:
             store.require(identity)
             plan = self._stored_plan(store)
         if not store.is_complete:
+            job = replace(job, model=_begun_with(store, job.model), plan=plan, store=store.path)
             with self._make_executor() as executor:
-                _run(replace(job, plan=plan, store=store.path), executor, store, progress)
+                _run(job, executor, store, progress)
             store.drop_inputs()
         return open_influences(store.path)
 
@@ -347,7 +349,23 @@ def _ship(job: Job, store: Store) -> Path:
     if job.model.problem.device.type != "cpu":
         raise ClusterError("workers load the model on their CPU: call model.to('cpu') first")
     stored: dict[str, Any] = {role: data.stored(partial(store.put_input, role)) for role, data in job.data.items()}
-    return store.put_recipe(cloudpickle.dumps(replace(job, **stored)))
+    return store.put_file("recipe.pkl", cloudpickle.dumps(replace(job, **stored)))
+
+
+def _begun_with(store: Store, model: InfluenceModel) -> InfluenceModel:
+    """The model with the inverse that the store was begun with.
+
+    A fit that is repeated may differ in the last bits (with the number of threads, say), and the halves of the result
+    with it. So an unfinished store keeps its inverse: named tensors, and nothing that runs when it is loaded.
+    """
+    file = store.input_file("inverse.pt")
+    if file.exists():
+        tensors = torch.load(file, map_location=model.problem.device, weights_only=True)
+        return model.with_inverse(model.inverse.with_tensors(tensors))
+    content = io.BytesIO()
+    torch.save(model.inverse.tensors, content)
+    store.put_file("inverse.pt", content.getvalue())
+    return model
 
 
 def _raise_failures(failures: list[tuple[str, BaseException]], store: Store) -> None:

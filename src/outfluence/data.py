@@ -425,10 +425,8 @@ def _as_tree(tree: Tree) -> Tree:
 
 
 def _as_tensor(array: Any) -> Tensor:
-    if isinstance(array, Tensor):
-        return array
-    array = np.ascontiguousarray(array)
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
+    # In torch's own memory: numpy aligns less, differently each time, and then matrix products differ in the last bits.
+    return array.clone() if isinstance(array, Tensor) else torch.tensor(np.ascontiguousarray(array))
 
 
 def _graph_values(array: Any) -> Iterator[Any]:

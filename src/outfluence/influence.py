@@ -11,6 +11,7 @@ score: weighting the training sample up lowers the loss of the test sample (Koh 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any, Self, final
 
@@ -106,7 +107,7 @@ class InfluenceModel:
         """
         self.problem = self.problem.to(device)
         if self._inverse is not None:
-            self._inverse = self._inverse.to(device)
+            self._inverse = self._inverse.with_tensors({k: t.to(device) for k, t in self._inverse.tensors.items()})
         return self
 
     def with_regularization(self, regularization: float | Mapping[str, float]) -> Self:
@@ -122,10 +123,15 @@ class InfluenceModel:
             ProblemError: if it does not name the blocks.
             SingularMatrixError: if a block has no inverse at this regularization.
         """
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__)
-        other._regularization = per_block(regularization, self.problem)
-        other._inverse = self.inverse.with_regularization(other._regularization)
+        lambdas = per_block(regularization, self.problem)
+        other = self.with_inverse(self.inverse.with_regularization(lambdas))
+        other._regularization = lambdas
+        return other
+
+    def with_inverse(self, inverse: Inverse) -> Self:
+        """This model with another inverse, of the same fit."""
+        other = copy.copy(self)
+        other._inverse = inverse
         return other
 
     def influence_factors(self, x: Tree, y: Tree) -> Tensor:

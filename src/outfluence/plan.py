@@ -26,8 +26,8 @@ _GRADIENT_COPIES, _INVERSE_COPIES = 3, 4
 _ACTIVATION_COPIES = 4
 #: A block of results: computed, checked, encoded, read back.
 _BLOCK_COPIES = 4
-#: A tile of factors: read and decoded.
-_TILE_COPIES = 2
+#: A tile of factors: read, decoded and aligned.
+_TILE_COPIES = 3
 #: Chunks no larger than this: enough for matrix products to be fast, and for chunk files of some 16 MiB.
 _MAX_TEST, _MAX_TRAIN, _MAX_BATCH = 1024, 4096, 256
 #: Small jobs are cut at least so often, to share the work and to lose little.

@@ -317,7 +317,10 @@ def _check_deterministic(model: nn.Module) -> None:
 
 
 def _name_of(thing: Any) -> str:
-    return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"
+    # Without the module of user code: the same class is __main__.Net in a script and script.Net in a notebook.
+    module = getattr(thing, "__module__", None) or ""
+    name: str = getattr(thing, "__qualname__", type(thing).__qualname__)
+    return f"{module}.{name}" if module.startswith("torch.") else name
 
 
 def _code_of(function: Any) -> str:

@@ -202,10 +202,18 @@ class Store:
         ours = (name for name in names if name.startswith(f"{stage}-") and name.endswith(".json"))
         return {int(name.removesuffix(".json").rpartition("-")[2]) for name in ours}
 
+    def receipt(self, stage: str, task: int) -> dict[str, Any] | None:
+        """The receipt of a task, or None if it has left none."""
+        try:
+            receipt: dict[str, Any] = json.loads((self.path / _RECEIPTS / f"{stage}-{task:08d}.json").read_bytes())
+        except FileNotFoundError:
+            return None
+        return receipt
+
     def receipts(self, stage: str) -> list[dict[str, Any]]:
         """The receipts of a stage, in order of its tasks."""
-        folder = self.path / _RECEIPTS
-        return [json.loads((folder / f"{stage}-{task:08d}.json").read_bytes()) for task in sorted(self.done(stage))]
+        receipts = (self.receipt(stage, task) for task in sorted(self.done(stage)))
+        return [receipt for receipt in receipts if receipt is not None]
 
     def progress(self) -> dict[str, tuple[int, int]]:
         """For each stage the number of tasks done, and of all."""
@@ -236,15 +244,19 @@ class Store:
             start += len(block)
         return zarr.open_array(str(self.path / _INPUTS / role / name), mode="r")
 
-    def put_recipe(self, recipe: bytes) -> Path:
-        """Write what workers need to know."""
-        file = self.path / _INPUTS / "recipe.pkl"
+    def input_file(self, name: str) -> Path:
+        """Where a file that the run needs is, or would be."""
+        return self.path / _INPUTS / name
+
+    def put_file(self, name: str, content: bytes) -> Path:
+        """Write a file that the run needs."""
+        file = self.input_file(name)
         file.parent.mkdir(exist_ok=True)
-        _write_whole(file, recipe)
+        _write_whole(file, content)
         return file
 
     def drop_inputs(self) -> None:
-        """Forget inputs and recipe: the results are complete."""
+        """Forget what only the run needed: the results are complete."""
         shutil.rmtree(self.path / _INPUTS, ignore_errors=True)
 
     def _array(self, path: str, mode: Literal["r", "r+"]) -> zarr.Array[Any]:

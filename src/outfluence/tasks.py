@@ -96,6 +96,7 @@ class Job:
         if perturbation:  # raises where there is nothing to differentiate by
             problem.mixed_derivatives(torch.zeros(1, problem.n_parameters, dtype=problem.dtype), *sample)
         hints = [data.batch_size for data in self.data.values() if data.batch_size]
+        inverse = sum(t.nbytes for t in self.model.inverse.tensors.values())
         buffers = sum(b.nbytes for b in self.model.problem.model.buffers())
         return Work(
             n_test=len(n_rows) if n_rows is not None else 0,
@@ -105,7 +106,7 @@ class Job:
             features=tuple(floats[0].shape[1:]) if perturbation else (),
             directions=DIRECTIONS if perturbation else 0,
             self_influences=self.self_influences,
-            model_bytes=sum(p.nbytes for p in problem.model.parameters()) + buffers + self.model.inverse.nbytes,
+            model_bytes=sum(p.nbytes for p in problem.model.parameters()) + buffers + inverse,
             activation_bytes=problem.activation_bytes(sample),
             batch_size=min(hints) if hints else None,
         )
@@ -142,6 +143,9 @@ def run_task(job: Job, stage: str, task: int) -> dict[str, Any]:
     assert job.store is not None
     watch = _Watch()
     store = Store(job.store)
+    finished = store.receipt(stage, task)
+    if finished is not None:  # a scheduler repeats a finished task if the worker that knew of it is lost
+        return finished
     (samples,) = (s.samples(task) for s in job.plan.stages if s.name == stage)
     with torch.no_grad():
         written, checksums = (_factors if stage == "factors" else _strip)(job, store, samples, watch)
@@ -241,7 +245,7 @@ def _perturbed_strip(job: Job, store: Store, samples: slice, watch: _Watch) -> t
 
 
 def _read_left(store: Store, tile: slice, model: InfluenceModel) -> DenseRows:
-    values = torch.from_numpy(store.read(FACTORS, (tile,))).to(model.problem.device)
+    values = torch.from_numpy(store.read(FACTORS, (tile,))).clone().to(model.problem.device)  # aligned, see data
     check_finite(values, "stored influence factors", "test", tile.start)
     return DenseRows(values, model.problem.sections)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, Self
 
-import torch
 from torch import Tensor
 
 from outfluence.data import Data
@@ -36,12 +35,12 @@ class Inverse(Protocol):
     def with_regularization(self, regularization: Mapping[str, float]) -> Self:
         """The same curvature with other regularizations, without fitting again."""
 
-    def to(self, device: torch.device | str) -> Self:
-        """This inverse on a device."""
-
     @property
-    def nbytes(self) -> int:
-        """Bytes it holds in memory."""
+    def tensors(self) -> dict[str, Tensor]:
+        """All it consists of besides its configuration, by name: what is moved, measured and kept."""
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """This inverse with other tensors of the same names."""
 
 
 class Solver(Protocol):

@@ -79,17 +79,22 @@ class DirectInverse:
         """Factorises again; the matrix is kept."""
         return self.of(self.matrices, regularization)
 
-    def to(self, device: torch.device | str) -> Self:
-        """On a device."""
-        return type(self)(
-            {name: h.to(device) for name, h in self.matrices.items()},
-            {name: factor.to(device) for name, factor in self.factors.items()},
-        )
-
     @property
-    def nbytes(self) -> int:
+    def tensors(self) -> dict[str, Tensor]:
         """The matrices and their factors."""
-        return 2 * sum(h.nbytes for h in self.matrices.values())
+        named = {f"matrix/{name}": h for name, h in self.matrices.items()}
+        for name, factor in self.factors.items():
+            named[f"factor/{name}"] = factor.factor
+            if factor.pivots is not None:
+                named[f"pivots/{name}"] = factor.pivots
+        return named
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """See `Inverse`."""
+        return type(self)(
+            {name: tensors[f"matrix/{name}"] for name in self.matrices},
+            {name: Factor(tensors[f"factor/{name}"], tensors.get(f"pivots/{name}")) for name in self.matrices},
+        )
 
 
 @dataclass(frozen=True)
@@ -105,10 +110,6 @@ class Factor:
             return torch.cholesky_solve(columns, self.factor)
         solution: Tensor = torch.linalg.ldl_solve(self.factor, self.pivots, columns.contiguous())
         return solution
-
-    def to(self, device: torch.device | str) -> Factor:
-        """On a device."""
-        return Factor(self.factor.to(device), None if self.pivots is None else self.pivots.to(device))
 
 
 def _factorise(block: str, matrix: Tensor, regularization: float) -> Factor:

@@ -174,19 +174,21 @@ class KroneckerInverse:
         _check_invertible(self.eigenvalues, regularization)
         return replace(self, regularization=dict(regularization))
 
-    def to(self, device: torch.device | str) -> Self:
-        """On a device."""
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Eigenvectors and eigenvalues."""
+        named = {f"eigenvalues/{name}": value for name, value in self.eigenvalues.items()}
+        for name, (q_out, q_in) in self.vectors.items():
+            named |= {f"out/{name}": q_out, f"in/{name}": q_in}
+        return named
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """See `Inverse`."""
         return replace(
             self,
-            vectors={name: (g.to(device), a.to(device)) for name, (g, a) in self.vectors.items()},
-            eigenvalues={name: value.to(device) for name, value in self.eigenvalues.items()},
+            vectors={name: (tensors[f"out/{name}"], tensors[f"in/{name}"]) for name in self.layers},
+            eigenvalues={name: tensors[f"eigenvalues/{name}"] for name in self.layers},
         )
-
-    @property
-    def nbytes(self) -> int:
-        """Eigenvectors and eigenvalues."""
-        vectors = sum(g.nbytes + a.nbytes for g, a in self.vectors.values())
-        return vectors + sum(value.nbytes for value in self.eigenvalues.values())
 
     def _rotated(self, gradients: DenseRows) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Per layer its block, the gradient matrices in the eigenbasis, and ``Lambda + lambda``."""

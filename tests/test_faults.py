@@ -1,0 +1,116 @@
+"""Kill it in the middle, with SIGKILL: what is finished stays, what is missing follows, to the bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import Client, LocalCluster
+
+from long_job import run
+from outfluence import Store
+
+SCRIPT = Path(__file__).parent / "long_job.py"
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.01)
+
+
+def n_done(path, stage):
+    return len(Store(path).done(stage)) if path.exists() else 0
+
+
+def stamps(path):
+    """When each receipt was left. A task that is done again leaves it again."""
+    return {file.name: file.stat().st_mtime_ns for file in (path / "receipts").glob("[!.]*.json")}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def fresh_client(cluster):
+    with Client(cluster, set_as_default=False) as client:
+        wait_for(lambda: len(client.nthreads()) == 2)
+        yield client
+
+
+def start(*arguments):
+    # Dask leaves OMP_NUM_THREADS=1 in the environment; the undisturbed run, in this process, has its own number.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen([sys.executable, str(SCRIPT), *map(str, arguments)], env=environment)
+
+
+def killed_in_the_middle(arguments, path, stage):
+    process = start(*arguments)
+    try:
+        wait_for(lambda: n_done(path, stage) >= 3 or process.poll() is not None)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    store = Store(path)
+    assert not store.is_complete
+    return stamps(path)
+
+
+@pytest.mark.parametrize("stage", ["factors", "scores"])
+def test_a_killed_process_is_continued(tmp_path, stage):
+    undisturbed = run(tmp_path / "whole.zarr").load()
+    path = tmp_path / "killed.zarr"
+    before = killed_in_the_middle([path], path, stage)
+    assert len(before) >= 3
+    again = run(path).load()
+    assert again.drop_attrs().identical(undisturbed.drop_attrs())
+    after = stamps(path)
+    assert {name: after[name] for name in before} == before
+    assert len(after) == 7 + 60
+
+
+def test_a_killed_client_is_continued(cluster, fresh_client, tmp_path):
+    undisturbed = run(tmp_path / "whole.zarr", fresh_client).load()
+    path = tmp_path / "killed.zarr"
+    before = killed_in_the_middle([path, cluster.scheduler_address], path, "scores")
+    # Tasks that were running when the client died may finish on the surviving workers; then nothing moves any more.
+    wait_for(lambda: not any(fresh_client.processing().values()))
+    before |= stamps(path)
+    again = run(path, fresh_client).load()
+    assert again.drop_attrs().identical(undisturbed.drop_attrs())
+    after = stamps(path)
+    assert {name: after[name] for name in before} == before
+
+
+def test_a_killed_worker_takes_nothing_with_it(cluster, fresh_client, tmp_path):
+    undisturbed = run(tmp_path / "whole.zarr", fresh_client).load()
+    path = tmp_path / "killed.zarr"
+    process = start(path, cluster.scheduler_address)
+    try:
+        wait_for(lambda: n_done(path, "scores") >= 3)
+        victim = next(iter(fresh_client.run(os.getpid).values()))
+        os.kill(victim, signal.SIGKILL)
+        before = stamps(path)
+        assert not Store(path).is_complete
+        assert process.wait(timeout=120) == 0  # the same run goes on by itself
+    finally:
+        process.kill()
+        process.wait()
+    assert Store(path).is_complete
+    result = run(path, fresh_client).load()
+    assert result.drop_attrs().identical(undisturbed.drop_attrs())
+    after = stamps(path)
+    assert {name: after[name] for name in before} == before
+    workers = {r["worker"] for r in Store(path).receipts("scores")}
+    assert len(workers) >= 2
