@@ -83,7 +83,13 @@ def test_given_chunks_are_kept_or_refused():
 def test_the_plan_explains_itself():
     work = Work(n_test=500, n_train=4500, row_bytes=203_560, itemsize=4, self_influences=True)
     text = str(make_plan(work, 1 << 30))
-    for words in ("500 test x 4,500 training", "factors: 4 tasks", "scores: 16 tasks", "limit 1.00 GiB", "factor tile"):
+    for words in (
+        "500 test x 4,500 training",
+        "factors: 4 tasks",
+        "scores: 16 tasks",
+        "limit 1.00 GiB",
+        "gradients of a chunk",
+    ):
         assert words in text
 
 

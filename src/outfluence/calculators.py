@@ -35,7 +35,18 @@ from outfluence.influence import InfluenceModel
 from outfluence.modes import InfluenceMode
 from outfluence.plan import Plan, make_plan, parse_bytes
 from outfluence.store import ArraySpec, Store
-from outfluence.tasks import FACTORS, SCORES, SELVES, Job, forget, length, remote_task, run_task, version_of
+from outfluence.tasks import (
+    FACTORS,
+    SCORES,
+    SELVES,
+    Job,
+    forget,
+    length,
+    remote_task,
+    resident_bytes,
+    run_task,
+    version_of,
+)
 
 #: Columns of a chunk of the stored factors: bounds the size of its files.
 _FACTOR_COLUMNS = 1 << 16
@@ -316,7 +327,7 @@ def _run(job: Job, executor: Executor, store: Store, progress: bool) -> None:
         executor.check_path(str(recipe))
         task_function = partial(remote_task, str(recipe), recipe.stat().st_mtime_ns)
     else:
-        task_function = partial(run_task, job)
+        task_function = partial(run_task, replace(job, baseline_bytes=resident_bytes()))
         torch.set_num_threads(begun_with or threads_before)
     try:
         for stage in job.plan.stages:
@@ -339,6 +350,7 @@ def _run(job: Job, executor: Executor, store: Store, progress: bool) -> None:
             if failures:
                 _raise_failures(failures, store)
     finally:
+        forget()
         if isinstance(executor, DaskExecutor):
             executor.forget(forget)
         torch.set_num_threads(threads_before)

@@ -8,7 +8,7 @@ grows with the training set only.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import dask.utils
@@ -97,6 +97,7 @@ class Plan:
         train_chunk: training samples per strip.
         batch_size: samples at once through the model.
         memory_limit: bytes above what a worker takes after importing torch.
+        holds_factors: whether a worker keeps all factors between strips; else it reads them again for each.
     """
 
     work: Work
@@ -104,6 +105,7 @@ class Plan:
     train_chunk: int
     batch_size: int
     memory_limit: int
+    holds_factors: bool = False
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -130,20 +132,21 @@ class Plan:
                 "batch": self.batch_size * per_sample + inverse,
                 "factors of a chunk": 2 * self.test_chunk * work.row_bytes,
             }
-        tile = _TILE_COPIES * self.test_chunk * work.row_bytes if work.n_test else 0
+        held = max(0, work.n_test - self.test_chunk) if self.holds_factors else 0
+        factors = (_TILE_COPIES * self.test_chunk + held) * work.row_bytes if work.n_test else 0
         block = _BLOCK_COPIES * self.test_chunk * self.train_chunk * self.score_bytes if work.n_test else 0
         if work.directions:
             derivatives = _ACTIVATION_COPIES * work.activation_bytes + 3 * self.score_bytes
             return parts | {
                 "batch": self.batch_size * min(self.test_chunk, work.directions) * derivatives
                 + work.directions * work.row_bytes,
-                "factor tile": tile,
+                "factors": factors,
                 "score block": block,
             }
         return parts | {
             "batch": self.batch_size * per_sample + (inverse if work.self_influences else 0),
             "gradients of a chunk": self.train_chunk * work.row_bytes,
-            "factor tile": tile,
+            "factors": factors,
             "score block": block,
         }
 
@@ -169,9 +172,10 @@ class Plan:
 
     @property
     def bytes_read(self) -> int:
-        """Factors read back, once for each strip."""
+        """Factors read back: once for each strip, or once for each worker that holds them."""
         work = self.work
-        return work.n_test * work.row_bytes * (-(-work.n_train // self.train_chunk) if work.n_train else 0)
+        strips = -(-work.n_train // self.train_chunk) if work.n_train else 0
+        return work.n_test * work.row_bytes * (min(strips, 1) if self.holds_factors else strips)
 
     def to_json(self) -> dict[str, Any]:
         """As plain values; `Plan.from_json` reads them."""
@@ -199,9 +203,10 @@ class Plan:
             f"  limit {format_bytes(self.memory_limit)} a worker above its imports; batches of {self.batch_size}; "
             f"factor tiles of {self.test_chunk:,}"
         )
+        often = " a worker" if self.holds_factors else ""
         lines.append(
-            f"  writes {format_bytes(self.bytes_written)}, reads back {format_bytes(self.bytes_read)} of factors; "
-            "each gradient is computed once"
+            f"  writes {format_bytes(self.bytes_written)}, reads back {format_bytes(self.bytes_read)} of factors{often};"
+            " each gradient is computed once"
         )
         return "\n".join(lines)
 
@@ -222,7 +227,7 @@ def make_plan(work: Work, memory_limit: int, *, test_chunk: int | None = None, t
         if value is not None and value < 1:
             raise PlanError(f"{name} must be at least 1, not {value}")
     given = {"test_chunk": test_chunk, "train_chunk": train_chunk}
-    sizes = {
+    sizes: dict[str, Any] = {
         "test_chunk": test_chunk or _first_size(work.n_test, _MIN_TEST_TASKS, _MAX_TEST),
         "train_chunk": train_chunk or _first_size(work.n_train, _MIN_TRAIN_TASKS, _MAX_TRAIN),
         "batch_size": min(work.batch_size or _MAX_BATCH, _MAX_BATCH, max(work.n_test, work.n_train)),
@@ -240,7 +245,8 @@ def make_plan(work: Work, memory_limit: int, *, test_chunk: int | None = None, t
         if not shrinkable:
             raise PlanError(_refusal(plan(), given))
         sizes = min((_halved(sizes, name) for name in shrinkable), key=_peak_of(work, memory_limit))
-    return plan()
+    holding = replace(plan(), holds_factors=True)
+    return holding if holding.peak <= memory_limit else plan()
 
 
 def parse_bytes(text: str | int) -> int:
@@ -259,11 +265,11 @@ def _first_size(n: int, min_tasks: int, largest: int) -> int:
     return max(1, min(largest, max(-(-n // min_tasks), 64)))
 
 
-def _halved(sizes: dict[str, int], name: str) -> dict[str, int]:
+def _halved(sizes: dict[str, Any], name: str) -> dict[str, Any]:
     return sizes | {name: -(-sizes[name] // 2)}
 
 
-def _peak_of(work: Work, memory_limit: int) -> Callable[[dict[str, int]], int]:
+def _peak_of(work: Work, memory_limit: int) -> Callable[[dict[str, Any]], int]:
     return lambda sizes: Plan(work, memory_limit=memory_limit, **sizes).peak
 
 

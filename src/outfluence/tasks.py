@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -53,6 +53,7 @@ class Job:
     plan: Plan | None = None
     store: Path | None = None
     threads: int | None = None
+    baseline_bytes: int = 0
 
     @property
     def results(self) -> list[str]:
@@ -133,15 +134,16 @@ def _job_from(recipe: str, version: int) -> Job:  # noqa: ARG001 - a rewritten r
 
 
 def forget() -> None:
-    """Let go of the job that this worker keeps between tasks."""
+    """Let go of what this process keeps between the tasks of a run."""
     _job_from.cache_clear()
+    _held_factors.cache_clear()
 
 
 def run_task(job: Job, stage: str, task: int) -> dict[str, Any]:
     """Compute and store one range of samples, and leave the receipt."""
     assert job.plan is not None
     assert job.store is not None
-    watch = _Watch()
+    watch = _Watch(job.baseline_bytes or _IMPORTED_BYTES)
     store = Store(job.store)
     finished = store.receipt(stage, task)
     if finished is not None:  # a scheduler repeats a finished task if the worker that knew of it is lost
@@ -215,7 +217,7 @@ def _strip(job: Job, store: Store, samples: slice, watch: _Watch) -> tuple[int, 
     right = right.with_arrays({"values": values})
     for tile in plan.test_tiles:
         with watch("read factors"):
-            left = _read_left(store, tile, model)
+            left = _factors_of(job, store, tile)
         with watch("scores"):
             block = left.dot(right)
         written += _write_scores(store, (tile, samples), block, watch, checksums)
@@ -230,7 +232,7 @@ def _perturbed_strip(job: Job, store: Store, samples: slice, watch: _Watch) -> t
     written, checksums = 0, dict[str, int]()
     for tile in plan.test_tiles:
         with watch("read factors"):
-            left = _read_left(store, tile, model)
+            left = _factors_of(job, store, tile)
         block = torch.empty(len(left), length(samples), *plan.work.features, dtype=model.problem.dtype)
         for part in _batches(samples, plan.batch_size):
             with watch("read"):
@@ -244,7 +246,23 @@ def _perturbed_strip(job: Job, store: Store, samples: slice, watch: _Watch) -> t
     return written, checksums
 
 
-def _read_left(store: Store, tile: slice, model: InfluenceModel) -> DenseRows:
+def _factors_of(job: Job, store: Store, tile: slice) -> DenseRows:
+    """The left rows of a tile of test samples, from the store, or held from the strip before."""
+    assert job.plan is not None
+    if not job.plan.holds_factors:
+        return _read_factors(store, tile, job.model)
+    held = _held_factors(store.path, store.about["created"])
+    if tile.start not in held:
+        held[tile.start] = _read_factors(store, tile, job.model)
+    return held[tile.start]
+
+
+@lru_cache(maxsize=1)
+def _held_factors(path: Path, created: str) -> dict[int, DenseRows]:  # noqa: ARG001 - one run's factors at a time
+    return {}
+
+
+def _read_factors(store: Store, tile: slice, model: InfluenceModel) -> DenseRows:
     values = torch.from_numpy(store.read(FACTORS, (tile,))).clone().to(model.problem.device)  # aligned, see data
     check_finite(values, "stored influence factors", "test", tile.start)
     return DenseRows(values, model.problem.sections)
@@ -263,9 +281,12 @@ def _write_scores(
 class _Watch:
     """Where the time of a task goes, and how much memory its process took."""
 
-    def __init__(self) -> None:
+    def __init__(self, baseline_bytes: int) -> None:
         self._seconds: dict[str, float] = {}
         self._start = time.perf_counter()
+        self._baseline_bytes = baseline_bytes
+        with suppress(OSError):  # Linux: the peak of this task, not of the process since it began
+            Path("/proc/self/clear_refs").write_text("5")
 
     @contextmanager
     def __call__(self, what: str) -> Iterator[None]:
@@ -274,17 +295,30 @@ class _Watch:
         self._seconds[what] = self._seconds.get(what, 0.0) + time.perf_counter() - start
 
     def report(self) -> dict[str, Any]:
-        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
         return {
             "seconds": round(time.perf_counter() - self._start, 6),
             "seconds_by_part": {what: round(seconds, 6) for what, seconds in self._seconds.items()},
-            "peak_bytes": max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - _BASELINE_BYTES),
+            "peak_bytes": max(0, _peak_bytes() - self._baseline_bytes),
             "threads": torch.get_num_threads(),
         }
 
 
-#: What this process took when it had imported everything; memory is reported above it.
-_BASELINE_BYTES = psutil.Process().memory_info().rss
+def _peak_bytes() -> int:
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resident_bytes() -> int:
+    """Memory that this process takes now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+#: What a worker takes when it has imported everything. Peaks are reported above it.
+_IMPORTED_BYTES = resident_bytes()
 
 
 def _without_test(plan: Plan) -> Plan:
