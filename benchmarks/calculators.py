@@ -3,8 +3,8 @@
 For each case one line of JSON. `limit_seconds` is measured in the same run, in memory, with nothing around it: the
 gradients of the training samples (one vmapped backward pass a batch) and the matrix product of factors and gradients.
 `seconds` is all that a calculator takes to make a store from factors that another store holds: copying them, reading
-rows, gradients, products, checks, and writing to disk, synced and read back. `ratio` is the one over the other; one is as
-good as it can get, and `seconds_in_tasks` says where the rest goes. Wall-clock, the best of `repeats`; the limit is
+rows, gradients, products, checks, and writing to disk, synced and read back. `ratio` is the one over the other; one is
+as good as it can get, and `seconds_in_tasks` says where the rest goes. Wall-clock, the best of `repeats`; the limit is
 measured before and after, and the lower counts.
 """
 

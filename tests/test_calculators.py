@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -44,6 +45,7 @@ from outfluence.errors import (
 )
 from outfluence.executors import DaskExecutor
 from outfluence.influence import InfluenceModel
+from outfluence.tasks import run_task
 
 CHUNKS = {"test_chunk": 3, "train_chunk": 10}  # 3 + 3 + 1 test, 10 + 10 + 4 training samples
 
@@ -362,22 +364,49 @@ def test_an_unfinished_store_keeps_its_chunks(mlp32, tmp_path):
 
 def test_a_fit_that_is_repeated_with_other_last_bits_goes_on_with_the_first(mlp32, tmp_path):
     model, test, train = mlp32
-    path = tmp_path / "a.zarr"
-    whole = SequentialInfluenceCalculator(model).influences(test, train, train_chunk=40).to_zarr(tmp_path / "b.zarr")
-    bad = train[0].clone()
-    bad[57] = float("nan")
-    noisy = model.with_inverse(
-        model.inverse.with_tensors({k: t * (1 + 1e-3) for k, t in model.inverse.tensors.items()})
-    )
+    chunks = {"test_chunk": 10, "train_chunk": 40}
+    whole = SequentialInfluenceCalculator(model).influences(test, train, **chunks).to_zarr(tmp_path / "whole.zarr")
+    bad = test[0].clone()
+    bad[25] = float("nan")
     lazy = SequentialInfluenceCalculator(model).influences(
-        test, Data.from_arrays(bad, train[1], fingerprint="v1"), train_chunk=40
+        Data.from_arrays(bad, test[1], fingerprint="v1"), train, **chunks
     )
-    with pytest.raises(RunError):
-        lazy.to_zarr(path)
-    again = (
-        SequentialInfluenceCalculator(noisy).influences(test, Data.from_arrays(*train, fingerprint="v1")).to_zarr(path)
-    )
+    with pytest.raises(RunError, match="test sample 25"):
+        lazy.to_zarr(tmp_path / "a.zarr")
+    other = {name: tensor * 1.001 for name, tensor in model.inverse.tensors.items()}
+    noisy = SequentialInfluenceCalculator(model.with_inverse(model.inverse.with_tensors(other)))
+    again = noisy.influences(Data.from_arrays(*test, fingerprint="v1"), train).to_zarr(tmp_path / "a.zarr")
     assert np.array_equal(again["scores"], whole["scores"])
+
+
+def test_a_finished_task_is_not_done_again(mlp32, tmp_path):
+    """A scheduler repeats a task if the worker that held its outcome dies."""
+    model, test, train = mlp32
+    lazy = SequentialInfluenceCalculator(model).influences(test, train, train_chunk=40)
+    lazy.to_zarr(tmp_path / "a.zarr")
+    job = dataclasses.replace(lazy._job, plan=lazy.plan, store=tmp_path / "a.zarr")
+    first = Store(job.store).receipt("scores", 2)
+    assert run_task(job, "scores", 2) == first
+    (job.store / "receipts" / "scores-00000002.json").unlink()
+    assert run_task(job, "scores", 2)["finished"] > first["finished"]
+
+
+@pytest.mark.parametrize(("n_test", "holds"), [(60, True), (600, False)])
+def test_the_measured_peak_is_below_the_projected_one(client, tmp_path, n_test, holds):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(300, 600), nn.ReLU(), nn.Linear(600, 5))  # rows of 735 KiB
+    train = torch.randn(300, 300), torch.randint(0, 5, (300,))
+    test = torch.randn(n_test, 300), torch.randint(0, 5, (n_test,))
+    influence = EkfacInfluence(model, True, 1e-2).fit(train)
+    lazy = DaskInfluenceCalculator(influence, client).influences(
+        test, train, self_influences=True, memory_limit="450MiB"
+    )
+    assert lazy.plan.holds_factors == holds
+    lazy.to_zarr(tmp_path / "a.zarr")
+    for stage in lazy.plan.stages:
+        projected = sum(lazy.plan.memory(stage.name).values())
+        measured = max(receipt["peak_bytes"] for receipt in Store(tmp_path / "a.zarr").receipts(stage.name))
+        assert 0.3 * projected < measured <= projected <= 450 << 20
 
 
 def test_an_existing_path_is_not_overwritten(mlp32, tmp_path):
@@ -452,6 +481,14 @@ def test_a_bad_sample_is_named_and_the_rest_completes(mlp32, client, tmp_path, o
     assert not np.delete(missing, np.s_[40:80], axis=1).any()
     with pytest.warns(UserWarning, match="not finished"):
         open_influences(tmp_path / "a.zarr")
+
+
+def test_factors_that_are_not_finite_are_refused(mlp32, tmp_path):
+    model, test, train = mlp32
+    factors = model.influence_factors(*test)
+    factors[11, 3] = float("inf")
+    with pytest.raises(RunError, match="influence factors for test sample 11"):
+        SequentialInfluenceCalculator(model).influences_from_factors(factors, train).to_zarr(tmp_path / "a.zarr")
 
 
 def test_results_print_their_plan(mlp32):

@@ -205,8 +205,8 @@ class Plan:
         )
         often = " a worker" if self.holds_factors else ""
         lines.append(
-            f"  writes {format_bytes(self.bytes_written)}, reads back {format_bytes(self.bytes_read)} of factors{often};"
-            " each gradient is computed once"
+            f"  writes {format_bytes(self.bytes_written)}, reads back {format_bytes(self.bytes_read)} of factors{often}"
+            "; each gradient is computed once"
         )
         return "\n".join(lines)
 

@@ -116,12 +116,11 @@ def _factorise(block: str, matrix: Tensor, regularization: float) -> Factor:
     regularized = matrix.clone()
     regularized.diagonal().add_(regularization)
     factor, failed = torch.linalg.cholesky_ex(regularized)
-    if not failed:
-        result, singular = Factor(factor, None), False
-    else:
-        factor, pivots, info = torch.linalg.ldl_factor_ex(regularized)
-        result, singular = Factor(factor, pivots), bool(info)
-    condition = float("inf") if singular else _condition(regularized, result)
+    pivots = None
+    if failed:
+        factor, pivots = torch.linalg.ldl_factor_ex(regularized)[:2]
+    result = Factor(factor, pivots)
+    condition = _condition(regularized, result)  # NaN where a pivot is zero
     if not condition * torch.finfo(matrix.dtype).eps < 1:
         raise SingularMatrixError(
             f"block {block!r} has no inverse at regularization {regularization:g}: its condition number is about "
