@@ -68,6 +68,16 @@ def mlp32():
     return EkfacInfluence(model, True, 1e-2).fit(train), test, train
 
 
+@pytest.fixture
+def fresh_client():
+    """A worker that has done nothing before: what it takes is taken by this run."""
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
 def same(a, b, tolerance=1e-10):
     a, b = np.asarray(a), np.asarray(b)
     assert a.shape == b.shape
@@ -392,15 +402,13 @@ def test_a_finished_task_is_not_done_again(mlp32, tmp_path):
 
 
 @pytest.mark.parametrize(("n_test", "holds"), [(60, True), (600, False)])
-def test_the_measured_peak_is_below_the_projected_one(client, tmp_path, n_test, holds):
+def test_the_measured_peak_is_below_the_projected_one(fresh_client, tmp_path, n_test, holds):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(300, 600), nn.ReLU(), nn.Linear(600, 5))  # rows of 735 KiB
     train = torch.randn(300, 300), torch.randint(0, 5, (300,))
     test = torch.randn(n_test, 300), torch.randint(0, 5, (n_test,))
-    influence = EkfacInfluence(model, True, 1e-2).fit(train)
-    lazy = DaskInfluenceCalculator(influence, client).influences(
-        test, train, self_influences=True, memory_limit="450MiB"
-    )
+    calculator = DaskInfluenceCalculator(EkfacInfluence(model, True, 1e-2).fit(train), fresh_client)
+    lazy = calculator.influences(test, train, self_influences=True, memory_limit="450MiB")
     assert lazy.plan.holds_factors == holds
     lazy.to_zarr(tmp_path / "a.zarr")
     for stage in lazy.plan.stages:

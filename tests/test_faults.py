@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from distributed import Client, LocalCluster
 
 from long_job import run
@@ -49,8 +48,8 @@ def fresh_client(cluster):
 
 
 def start(*arguments):
-    # Dask leaves OMP_NUM_THREADS=1 in the environment; the undisturbed run, in this process, has its own number.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    # Dask leaves OMP_NUM_THREADS=1 and the like in the environment: start as this process was started.
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
     return subprocess.Popen([sys.executable, str(SCRIPT), *map(str, arguments)], env=environment)
 
 

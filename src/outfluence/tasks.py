@@ -127,7 +127,8 @@ def remote_task(recipe: str, version: int, stage: str, task: int) -> dict[str, A
 
 @lru_cache(maxsize=1)
 def _job_from(recipe: str, version: int) -> Job:  # noqa: ARG001 - a rewritten recipe is another one
-    job: Job = pickle.loads(Path(recipe).read_bytes())
+    baseline = resident_bytes()  # before the model: the worker may have done other work before
+    job: Job = replace(pickle.loads(Path(recipe).read_bytes()), baseline_bytes=baseline)
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     return job
@@ -143,7 +144,7 @@ def run_task(job: Job, stage: str, task: int) -> dict[str, Any]:
     """Compute and store one range of samples, and leave the receipt."""
     assert job.plan is not None
     assert job.store is not None
-    watch = _Watch(job.baseline_bytes or _IMPORTED_BYTES)
+    watch = _Watch(job.baseline_bytes)
     store = Store(job.store)
     finished = store.receipt(stage, task)
     if finished is not None:  # a scheduler repeats a finished task if the worker that knew of it is lost
@@ -315,10 +316,6 @@ def _peak_bytes() -> int:
 def resident_bytes() -> int:
     """Memory that this process takes now."""
     return int(psutil.Process().memory_info().rss)
-
-
-#: What a worker takes when it has imported everything. Peaks are reported above it.
-_IMPORTED_BYTES = resident_bytes()
 
 
 def _without_test(plan: Plan) -> Plan:
