@@ -394,7 +394,9 @@ def test_a_finished_task_is_not_done_again(mlp32, tmp_path):
     model, test, train = mlp32
     lazy = SequentialInfluenceCalculator(model).influences(test, train, train_chunk=40)
     lazy.to_zarr(tmp_path / "a.zarr")
-    job = dataclasses.replace(lazy._job, plan=lazy.plan, store=tmp_path / "a.zarr")
+    job = dataclasses.replace(
+        lazy._job, plan=lazy.plan, store=tmp_path / "a.zarr", store_id=Store(tmp_path / "a.zarr").id
+    )
     first = Store(job.store).receipt("scores", 2)
     assert run_task(job, "scores", 2) == first
     (job.store / "receipts" / "scores-00000002.json").unlink()
@@ -477,7 +479,9 @@ def test_a_bad_sample_is_named_and_the_rest_completes(mlp32, client, tmp_path, o
     x[[57, 61]] = float("nan")
     calculator = DaskInfluenceCalculator(model, client) if on_dask else SequentialInfluenceCalculator(model)
     lazy = calculator.influences(test, (x, train[1]), train_chunk=40)
-    message = r"1 task\(s\) failed:\n  scores of samples 40 to 79: NonFiniteError: .* training samples 57, 61"
+    message = (
+        r"1 task\(s\) of 'scores' failed:\n  scores of samples 40 to 79: NonFiniteError: .* training samples 57, 61"
+    )
     with pytest.raises(RunError, match=message) as error:
         lazy.to_zarr(tmp_path / "a.zarr")
     assert len(error.value.failures) == 1

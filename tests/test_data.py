@@ -133,7 +133,7 @@ def test_a_whole_pass_leaves_the_fingerprint(size):
     data, expected = Data.of(Squares()), Data.of(Squares()).fingerprint
     for _ in data.batches(size):
         pass
-    data._source = None  # cannot be read any more
+    data._rows_per_read = None  # cannot be read any more
     assert data.fingerprint == expected
 
 
@@ -177,13 +177,13 @@ def loader(**options):
         (Endless, "Endless can only be iterated"),
         (lambda: (X, Y[:-1]), r"x and y differ in their number of samples: x has \[24\], y has \[23\]"),
         (lambda: ((X, X[:3]), Y), r"x has \[24, 3\], y has \[24\]"),
-        (Noisy, "sample 0 reads differently the second time"),
+        (Noisy, "the first 8 samples read differently the second time"),
         (lambda: (np.array(["a", "b"]), np.zeros(2)), "x must be an array of numbers"),
         (lambda: (X, np.array([None] * 24)), "y must be an array of numbers"),
         (lambda: (torch.tensor(1.0), Y), "x must be an array of numbers, first axis samples"),
         (lambda: (X[:0], Y[:0]), "the data has no samples"),
         (lambda: TensorDataset(X), "a sample must be a pair"),
-        (lambda: DataLoader(Squares(), collate_fn=lambda items: (X, Y)), "x and y must both have 1 rows"),
+        (lambda: DataLoader(Squares(), collate_fn=lambda items: (X, Y)), "x and y must both have 8 rows"),
         (lambda: iter([(X, Y)]), "cannot read samples from a list_iterator; pass a DataLoader"),
     ],
 )

@@ -76,7 +76,7 @@ def test_given_chunks_are_kept_or_refused():
     assert (plan.test_chunk, plan.train_chunk) == (10, 20)
     with pytest.raises(PlanError, match=r"of it for gradients of a chunk.*leave train_chunk=50000 to the plan"):
         make_plan(work, 1 << 30, train_chunk=50_000)
-    with pytest.raises(PlanError, match="test_chunk must be at least 1, not 0"):
+    with pytest.raises(PlanError, match="test_chunk must be a whole number, at least 1, not 0"):
         make_plan(work, 1 << 30, test_chunk=0)
 
 

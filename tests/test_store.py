@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import warnings
 
 import numpy as np
@@ -159,8 +158,10 @@ def test_all_zero_and_nothing_are_different(store):
 
 
 def test_inputs_are_kept_for_the_run_and_forgotten_after(store):
-    array = store.put_input("train", "x0", 5, iter([np.ones((3, 2)), np.zeros((2, 2))]))
+    array = store.put_input("abc", "x0", 5, iter([np.ones((3, 2)), np.zeros((2, 2))]))
     assert np.array_equal(array[2:4], [[1, 1], [0, 0]])
+    again = store.put_input("abc", "x0", 5, iter([np.full((5, 2), 7.0)]))  # never written again
+    assert np.array_equal(again[:], array[:])
     assert store.put_file("recipe.pkl", b"recipe") == store.input_file("recipe.pkl")
     assert store.input_file("recipe.pkl").read_bytes() == b"recipe"
     with warnings.catch_warnings():
@@ -170,9 +171,19 @@ def test_inputs_are_kept_for_the_run_and_forgotten_after(store):
     assert sorted(p.name for p in store.path.iterdir()) == ["factors", "scores", "test", "train", "zarr.json"]
 
 
-def test_removed_stores_can_be_made_again(store):
-    store.remove()
-    assert not store.path.exists()
-    assert os.listdir(store.path.parent) == []
+def test_another_store_at_the_path_is_not_written_into(store):
+    """A task of a killed run must not write into the store that has replaced its own."""
+    aside = store.move_aside()
+    assert sorted(os.listdir(aside.parent)) == [aside.name]
     create(store.path)
-    shutil.rmtree(store.path)
+    for action in (
+        lambda: store.write("scores", (slice(0, 2), slice(0, 4)), np.zeros((2, 4), "f4")),
+        lambda: store.leave_receipt("scores", 0, {}),
+    ):
+        with pytest.raises(StoreError, match="has been replaced by another store"):
+            action()
+    assert Store(store.path).done("scores") == set()
+
+
+def test_two_processes_that_start_at_once_share_one_store(store):
+    assert create(store.path).id == store.id

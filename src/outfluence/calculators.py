@@ -25,12 +25,20 @@ import numpy as np
 import psutil
 import torch
 import xarray as xr
+from distributed import Client
 from tqdm.auto import tqdm
 
 from outfluence.analysis import open_influences
 from outfluence.data import Data, DataLike, tree_leaves
-from outfluence.errors import ClusterError, DataError, PlanError, RunError, StoreMismatchError
-from outfluence.executors import DaskExecutor, Executor, SequentialExecutor, dask_executor
+from outfluence.errors import ClusterError, DataError, PlanError, ProblemError, RunError, StoreError, StoreMismatchError
+from outfluence.executors import (
+    DaskExecutor,
+    Executor,
+    SequentialExecutor,
+    cores,
+    current_client,
+    dask_executor,
+)
 from outfluence.influence import InfluenceModel
 from outfluence.modes import InfluenceMode
 from outfluence.plan import Plan, make_plan, parse_bytes
@@ -60,6 +68,10 @@ class InfluenceCalculator(ABC):
     """
 
     def __init__(self, model: InfluenceModel) -> None:
+        if not isinstance(model, InfluenceModel):
+            raise ProblemError(
+                f"model must be a fitted influence model (EkfacInfluence, say), not a {type(model).__name__}"
+            )
         self.model = model
 
     def influence_factors(self, test: DataLike, *, memory_limit: str | int | None = None) -> LazyInfluences:
@@ -213,6 +225,8 @@ class DaskInfluenceCalculator(InfluenceCalculator):
 
     def __init__(self, model: InfluenceModel, client: Any = None) -> None:
         super().__init__(model)
+        if client is not None and not isinstance(client, Client):
+            raise ClusterError(f"client must be a distributed.Client, not a {type(client).__name__}: Client(cluster)")
         self.client = client
         if client is not None:
             DaskExecutor(client).check()
@@ -224,8 +238,9 @@ class DaskInfluenceCalculator(InfluenceCalculator):
             yield executor
 
     def _default_limit(self) -> int:
-        limit = DaskExecutor(self.client).memory_limit() if self.client is not None else None
-        return (limit or int(psutil.virtual_memory().total) // len(os.sched_getaffinity(0))) // 2
+        client = self.client or current_client()
+        limit = DaskExecutor(client).memory_limit() if client is not None else None
+        return (limit or int(psutil.virtual_memory().total) // cores()) // 2
 
 
 @dataclass(frozen=True)
@@ -280,22 +295,28 @@ class LazyInfluences:
             StoreError: if the path cannot be written.
             RunError: if tasks failed, saying which and why. All others are stored: run again to repeat only these.
         """
-        job, plan = self._job, self.plan
+        job, path = self._job, _local(path)
+        for data, whose in ((job.test, "test"), (job.train, "training")):
+            if data is not None:  # again: the model may have gone on training since
+                job.model.check(data, whose)
         identity = job.identity()
-        store = Store.find(path)
+        store, replaced = Store.find(path), None
         if store is not None and overwrite:
-            store.remove()
-            store = None
+            replaced, store = _move_aside(store, job, identity), None
         if store is None:
+            plan = self.plan
             store = Store.create(path, _specs(plan), _coordinates(plan), _about(identity, plan))
-        else:
-            store.require(identity)
-            plan = self._stored_plan(store)
+        store.require(identity)
+        plan = self._stored_plan(store)
+        if replaced is not None:
+            shutil.rmtree(replaced)
         if not store.is_complete:
-            job = replace(job, model=_begun_with(store, job.model), plan=plan, store=store.path)
+            model = _begun_with(store, job.model)
             with self._make_executor() as executor:
-                _run(job, executor, store, progress)
-            store.drop_inputs()
+                _run(
+                    replace(job, model=model, plan=plan, store=store.path, store_id=store.id), executor, store, progress
+                )
+        store.drop_inputs()
         return open_influences(store.path)
 
     def _stored_plan(self, store: Store) -> Plan:
@@ -347,8 +368,9 @@ def _run(job: Job, executor: Executor, store: Store, progress: bool) -> None:
                             (f"{stage.name} of samples {_text(stage.samples(outcome.task))}", outcome.error)
                         )
                     bar.update(length(stage.samples(outcome.task)))
-            if failures:
-                _raise_failures(failures, store)
+            missing = set(range(stage.n_tasks)) - store.done(stage.name)
+            if failures or missing:
+                _raise_failures(failures, len(missing), stage.name, store)
     finally:
         forget()
         if isinstance(executor, DaskExecutor):
@@ -360,7 +382,9 @@ def _ship(job: Job, store: Store) -> Path:
     """Write the recipe of a job, and first the data that lives in memory only."""
     if job.model.problem.device.type != "cpu":
         raise ClusterError("workers load the model on their CPU: call model.to('cpu') first")
-    stored: dict[str, Any] = {role: data.stored(partial(store.put_input, role)) for role, data in job.data.items()}
+    stored: dict[str, Any] = {
+        role: data.stored(partial(store.put_input, data.fingerprint)) for role, data in job.data.items()
+    }
     return store.put_file("recipe.pkl", cloudpickle.dumps(replace(job, **stored)))
 
 
@@ -380,15 +404,37 @@ def _begun_with(store: Store, model: InfluenceModel) -> InfluenceModel:
     return model
 
 
-def _raise_failures(failures: list[tuple[str, BaseException]], store: Store) -> None:
+def _raise_failures(failures: list[tuple[str, BaseException]], n_missing: int, stage: str, store: Store) -> None:
     texts = [(task, f"{type(error).__name__}: {error}") for task, error in failures]
     shown = "\n".join(f"  {task}: {text}" for task, text in texts[:10])
     more = f"\n  and {len(texts) - 10} more" if len(texts) > 10 else ""
     raise RunError(
-        f"{len(texts)} task(s) failed:\n{shown}{more}\nAll others are stored in {store.path}; the same call again "
-        "repeats only what is missing.",
+        f"{n_missing} task(s) of {stage!r} failed:\n{shown}{more}\nWhat was computed is stored in {store.path}; the "
+        "same call again goes on from there.",
         texts,
-    ) from failures[0][1]
+    ) from (failures[0][1] if failures else None)
+
+
+def _local(path: str | os.PathLike[str]) -> Path:
+    text = os.fspath(path)
+    if "://" in text:
+        raise StoreError(f"{text}: stores are folders of a file system; object stores are not supported yet")
+    return Path(text).expanduser().absolute()
+
+
+def _move_aside(store: Store, job: Job, identity: Mapping[str, Any]) -> Path:
+    """Free the path of a store that is to be replaced, unless it holds what the new one is made from."""
+    aside = store.move_aside()
+    try:
+        unchanged = all(identity[f"{role}_data"] == data.content_now() for role, data in job.data.items())
+    except Exception:  # it cannot even be read any more
+        unchanged = False
+    if not unchanged:
+        aside.rename(store.path)
+        raise StoreMismatchError(
+            f"{store.path} holds factors or data that the new store is to be made from: choose another path for it"
+        )
+    return aside
 
 
 def _specs(plan: Plan) -> list[ArraySpec]:

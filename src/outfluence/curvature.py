@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp, vmap
 from torch.utils import _pytree
-from tqdm.auto import tqdm
 
 from outfluence.data import Batch, Data
 from outfluence.errors import NonFiniteError
@@ -42,14 +41,12 @@ class Curvature:
         data: the samples of the mean.
         block: the block of parameters; P is the number of its parameters.
         mode: which matrix.
-        progress: show a bar over the data.
     """
 
     problem: Problem
     data: Data
     block: str
     mode: SecondOrderMode = SecondOrderMode.HESSIAN
-    progress: bool = False
 
     def matmat(self, vectors: Tensor) -> Tensor:
         """The matrix times vectors: ``(P, k)`` to ``(P, k)``, in one pass over the data."""
@@ -57,13 +54,7 @@ class Curvature:
         rows = vectors.T.contiguous()
         total = torch.zeros_like(rows)
         size, first = self.data.batch_size or BATCH_SIZE, 0
-        steps = tqdm(
-            self.data.batches(size),
-            f"{self.mode} of {self.block}",
-            total=-(-len(self.data) // size),
-            disable=not self.progress,
-        )
-        for batch in steps:
+        for batch in self.data.batches(size):
             multiply = self._product(names, batch)
             for start in range(0, len(rows), _VECTORS):
                 part = slice(start, start + _VECTORS)

@@ -24,6 +24,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from torch.utils.data import default_collate as torch_collate
 
 from outfluence.errors import DataError
+from outfluence.fingerprint import tensor_bytes
 
 #: A tensor, or a tuple or dict of such; None where there are no labels.
 Tree = Any
@@ -42,10 +43,12 @@ class Batch(NamedTuple):
 
 
 class _Source(Protocol):
-    """Where rows come from. Pickles small if and only if ``portable``."""
+    """Where rows come from. Pickles small if ``portable``; the user may change its numbers in place if ``mutable``."""
 
     @property
     def portable(self) -> bool: ...
+    @property
+    def mutable(self) -> bool: ...
     def __len__(self) -> int: ...
     def read(self, start: int, stop: int) -> Batch: ...
 
@@ -65,7 +68,8 @@ class Data:
             raise DataError("the data has no samples")
         self._source = source
         self.batch_size = batch_size
-        self._fingerprint = fingerprint
+        self._given_fingerprint = fingerprint
+        self._fingerprint: str | None = None
 
     @classmethod
     def of(cls, data: DataLike) -> Data:
@@ -144,6 +148,8 @@ class Data:
                 f"the DataLoader draws its samples with {type(sampler).__name__}: scores could not be matched to "
                 "samples. Make it with shuffle=False and no sampler (choose samples with torch.utils.data.Subset)."
             )
+        if len(sampler) != len(loader.dataset):  # type: ignore[arg-type]
+            raise DataError(f"the DataLoader's sampler gives {len(sampler)} of its samples only; use Subset instead")
         if batches is None:  # its collate_fn converts single samples
             return cls.from_dataset(loader.dataset)
         data = cls.from_dataset(loader.dataset, collate=loader.collate_fn, batch_size=batches.batch_size)
@@ -172,7 +178,7 @@ class Data:
 
         A pass that runs to its end leaves the fingerprint behind, so that it need not read the data again.
         """
-        hashes = _Hashes() if self._fingerprint is None else None
+        hashes = _Hashes() if self._given_fingerprint is None and self._fingerprint is None else None
         for start in range(0, len(self), size):
             batch = self.rows(slice(start, start + size))
             if hashes is not None:
@@ -184,11 +190,18 @@ class Data:
     @property
     def fingerprint(self) -> str:
         """A text that changes when any number, type or shape in the data changes. Costs one pass, once."""
-        if self._fingerprint is None:
+        if self._given_fingerprint is not None:
+            return self._given_fingerprint
+        if self._fingerprint is None or self._source.mutable:
+            self._fingerprint = None
             for _ in self.batches(self._rows_per_read()):
                 pass
         assert self._fingerprint is not None
         return self._fingerprint
+
+    def content_now(self) -> str:
+        """The fingerprint of the content, read again whatever is known of it already."""
+        return self._given_fingerprint or Data(self._source).fingerprint
 
     @property
     def portable(self) -> bool:
@@ -256,8 +269,12 @@ class _Arrays:
     @property
     def portable(self) -> bool:
         leaves = tree_leaves(self.x) + tree_leaves(self.y)
-        here = any(isinstance(a, (Tensor, np.ndarray)) or (isinstance(a, _DaskArray) and a.on_cluster) for a in leaves)
-        return not here and _pickles_small(leaves)
+        on_cluster = any(isinstance(a, _DaskArray) and a.on_cluster for a in leaves)
+        return not self.mutable and not on_cluster and _pickles_small(leaves)
+
+    @property
+    def mutable(self) -> bool:
+        return any(isinstance(a, (Tensor, np.ndarray)) for a in tree_leaves(self.x) + tree_leaves(self.y))
 
     def read(self, start: int, stop: int) -> Batch:
         def part(array: Any) -> Tensor:
@@ -273,6 +290,7 @@ class _Samples:
     dataset: Any
     collate: Callable[[list[Any]], Any]
     length: int
+    mutable = False
 
     def __len__(self) -> int:
         return self.length
@@ -388,15 +406,21 @@ class _Hashes:
         self._parts: dict[str, Any] = {}
 
     def update(self, batch: Batch) -> None:
-        for part, tree in zip("xy", batch, strict=True):
-            for i, tensor in enumerate(tree_leaves(tree)):
-                key = f"{part}{i} {describe(tensor, batched=True)}"
-                raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-                self._parts.setdefault(key, hashlib.blake2b(digest_size=16)).update(raw)
+        for key, tensor in _with_paths(batch._asdict()):
+            key_and_type = f"{key} {describe(tensor, batched=True)}"
+            self._parts.setdefault(key_and_type, hashlib.blake2b(digest_size=16)).update(tensor_bytes(tensor))
 
     def digest(self) -> str:
-        text = ";".join(f"{key} {part.hexdigest()}" for key, part in self._parts.items())
+        text = ";".join(f"{key} {part.hexdigest()}" for key, part in sorted(self._parts.items()))
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _with_paths(tree: Tree, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(tree, (Mapping, tuple)):
+        for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+            yield from _with_paths(value, f"{path}.{key}")
+    elif tree is not None:
+        yield path, tree
 
 
 def _as_arrays(tree: Tree, name: str) -> Tree:
@@ -408,7 +432,8 @@ def _as_arrays(tree: Tree, name: str) -> Tree:
         kind = "f" if isinstance(leaf, Tensor) else np.dtype(leaf.dtype).kind
         if kind not in "biuf" or len(leaf.shape) == 0:
             raise DataError(f"{name} must be an array of numbers, first axis samples; got {describe(leaf)}")
-        if isinstance(leaf, np.memmap) and isinstance(leaf.base, mmap.mmap) and leaf.flags.c_contiguous:
+        whole_file = isinstance(leaf, np.memmap) and isinstance(leaf.base, mmap.mmap) and leaf.flags.c_contiguous
+        if whole_file and leaf.mode != "c":  # edits of a copy-on-write map are in memory only
             return _MappedFile(str(leaf.filename), leaf.dtype, leaf.offset, leaf.shape)
         if hasattr(leaf, "__dask_graph__"):
             return _DaskArray(leaf, on_cluster=any(type(v).__name__ == "Future" for v in _graph_values(leaf)))
@@ -436,22 +461,37 @@ def _graph_values(array: Any) -> Iterator[Any]:
 
 def _pickles_small(thing: Any) -> bool:
     try:
-        return len(cloudpickle.dumps(thing)) <= _RECIPE_LIMIT
+        cloudpickle.dump(thing, _Short())
     except Exception:  # whatever a user's object raises, it cannot travel
         return False
+    return True
+
+
+class _Short:
+    """A file that refuses to grow beyond a recipe."""
+
+    def __init__(self) -> None:
+        self._size = 0
+
+    def write(self, content: Any) -> None:
+        self._size += memoryview(content).nbytes
+        if self._size > _RECIPE_LIMIT:
+            raise OverflowError
 
 
 def _check_repeatable(source: _Source) -> None:
-    digests = []
+    n, digests = min(len(source), 8), set()
     with _rng_untouched():
-        for _ in range(2):
+        for size in (n, n, 1):  # together, again, and one by one
             hashes = _Hashes()
-            hashes.update(source.read(0, 1))
-            digests.append(hashes.digest())
-    if digests[0] != digests[1]:
+            for start in range(0, n, size):
+                hashes.update(source.read(start, start + size))
+            digests.add(hashes.digest())
+    if len(digests) > 1:
         raise DataError(
-            "sample 0 reads differently the second time: the Dataset transforms at random. Influence is of fixed "
-            "samples; remove the random augmentation."
+            f"the first {n} samples read differently the second time, or one by one: the Dataset transforms at random, "
+            "or batches are padded to their longest sample. Influence is of fixed samples: remove the random "
+            "augmentation, pad to one length."
         )
 
 

@@ -7,8 +7,9 @@ others.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 from uuid import uuid4
@@ -86,14 +87,18 @@ class DaskExecutor:
             task_of = dict(zip(keys, wave, strict=True))
             try:
                 for future in as_completed(futures, loop=self.client.loop):
-                    task = task_of[future.key]
+                    task = task_of.pop(future.key)
                     if future.status == "finished":
                         yield Outcome(task, future.result())
                     else:
-                        yield Outcome(task, None, future.exception())
+                        error = future.exception() if future.status == "error" else None
+                        yield Outcome(task, None, error or ClusterError(f"the task was {future.status}"))
                     future.release()
             finally:  # interrupted: what has not begun shall not
-                self.client.cancel([f for f in futures if not f.done()])
+                with suppress(Exception):  # the cluster may be gone
+                    self.client.cancel([f for f in futures if not f.done()])
+            for task in task_of.values():
+                yield Outcome(task, None, ClusterError("the cluster lost the task: was it restarted?"))
 
     def check(self) -> None:
         """Refuse a cluster that cannot compute safely.
@@ -111,8 +116,13 @@ class DaskExecutor:
                 "forward hooks give wrong gradients when threads share a model. Start workers with "
                 "threads_per_worker=1 (dask worker --nthreads 1); outfluence gives each worker its share of cores."
             )
+        places = [tuple(place) for place in self.client.run(_process).values()]
+        if len(set(places)) < len(places):
+            raise ClusterError(
+                "several Dask workers share one process, and so the model: start them as processes (processes=True)"
+            )
         try:
-            self.client.get_versions(check=True)
+            self.client.get_versions(check=True, packages=["outfluence", "torch"])
         except ValueError as error:
             raise ClusterError(f"client, scheduler and workers run different software: {error}") from error
 
@@ -131,11 +141,11 @@ class DaskExecutor:
 
     def torch_threads(self) -> int:
         """Threads that torch may use in each worker: the cores of a machine over the workers on it, at least one."""
-        cores = self.client.run(_cores)
-        if not cores:
+        found = self.client.run(cores)
+        if not found:
             return 1
-        hosts = [address.rpartition(":")[0] for address in cores]
-        shares: list[int] = [n // hosts.count(host) for n, host in zip(cores.values(), hosts, strict=True)]
+        hosts = [address.rpartition(":")[0] for address in found]
+        shares: list[int] = [n // hosts.count(host) for n, host in zip(found.values(), hosts, strict=True)]
         return max(1, min(shares))
 
     def memory_limit(self) -> int | None:
@@ -145,24 +155,34 @@ class DaskExecutor:
 
     def forget(self, function: Callable[[], None]) -> None:
         """Run something on every worker, to let go of what it keeps for a run."""
-        self.client.run(function)
+        with suppress(Exception):  # workers that are gone keep nothing
+            self.client.run(function)
 
 
 @contextmanager
 def dask_executor(client: Any = None) -> Iterator[DaskExecutor]:
     """An executor on a client, on the current client, or on a local cluster of its own, with a worker a core."""
-    if client is None:
-        try:
-            client = get_client()
-        except ValueError:
-            client = None
+    client = client or current_client()
     if client is not None:
         yield DaskExecutor(client)
         return
-    cluster = LocalCluster(n_workers=_cores(), threads_per_worker=1, dashboard_address=":0")
+    cluster = LocalCluster(n_workers=cores(), threads_per_worker=1, dashboard_address=":0")
     with cluster, Client(cluster) as own:
         yield DaskExecutor(own)
 
 
-def _cores() -> int:
+def current_client() -> Any:
+    """The client that is current, or None."""
+    try:
+        return get_client()
+    except ValueError:
+        return None
+
+
+def _process() -> tuple[str, int]:
+    return socket.gethostname(), os.getpid()
+
+
+def cores() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Self, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from outfluence.data import Data, DataLike, Tree, tree_leaves, tree_map
-from outfluence.errors import DataError, NotFittedError, ProblemError
+from outfluence.data import Batch, Data, DataLike, Tree, tree_leaves, tree_map
+from outfluence.errors import DataError, NotFittedError, OutfluenceError, ProblemError
 from outfluence.modes import BlockMode, FisherMode, InfluenceMode, SecondOrderMode
 from outfluence.problem import Loss, Problem
 from outfluence.rows import DenseRows, check_finite
@@ -48,6 +49,7 @@ class InfluenceModel:
         self._inverse: Inverse | None = None
         self._regularization: dict[str, float] = {}
         self._fitted_on: dict[str, Any] = {}
+        self._versions: list[tuple[int, int]] = []
 
     def fit(self, data: DataLike) -> Self:
         """Fit the inverse on training data.
@@ -65,11 +67,19 @@ class InfluenceModel:
             SingularMatrixError: if the regularized matrix has no inverse.
         """
         data = Data.of(data)
-        self.problem.check(data.rows(slice(0, 1)), "training")
-        with torch.enable_grad():  # also where the user has switched gradients off
-            self._inverse = self.solver.fit(self.problem, data)
+        self.problem.check(_first(data), "training")
+        try:
+            with torch.enable_grad():  # also where the user has switched gradients off
+                self._inverse = self.solver.fit(self.problem, data)
+        except OutfluenceError:
+            raise
+        except Exception as error:
+            raise ProblemError(
+                f"{type(self).__name__} cannot be fitted to this model and data: {type(error).__name__}: {error}"
+            ) from error
         self._regularization = per_block(self.solver.regularization, self.problem)
         self._fitted_on = {"fit_data": data.fingerprint, **self.problem.fingerprint()}
+        self._versions = self._parameter_versions()
         return self
 
     @property
@@ -126,6 +136,7 @@ class InfluenceModel:
         lambdas = per_block(regularization, self.problem)
         other = self.with_inverse(self.inverse.with_regularization(lambdas))
         other._regularization = lambdas
+        other.solver = replace(self.solver, regularization=lambdas)  # type: ignore[type-var]
         return other
 
     def with_inverse(self, inverse: Inverse) -> Self:
@@ -198,7 +209,9 @@ class InfluenceModel:
 
     def self_influences(self, x: Tree, y: Tree) -> Tensor:
         """Influence of each sample on itself, ``g^T (H + lambda 1)^-1 g``: ``(n,)``."""
-        return self.inverse.quadratic(self.gradient_rows(x, y, "training"))
+        selves = self.inverse.quadratic(self.gradient_rows(x, y, "training"))
+        check_finite(selves, "self-influences", "training")
+        return selves
 
     # What calculators use: rows instead of numbers, and indices for messages.
 
@@ -214,6 +227,7 @@ class InfluenceModel:
         Raises:
             NonFiniteError: with the index of the sample.
         """
+        self._check_unchanged()
         rows = self.problem.gradients(*_tensors((x, y)))
         check_finite(rows.values, "gradients", samples, start)
         return rows
@@ -252,6 +266,15 @@ class InfluenceModel:
             NonFiniteError: if the first sample's gradient is not finite.
         """
         _ = self.inverse
+        self._versions = []  # look again, whatever the counters of the parameters say
+        self._check_unchanged()
+        self.problem.check(_first(data), whose)
+
+    def _check_unchanged(self) -> None:
+        """Refuse a model that went on training; the weights are read again only if torch says that they may differ."""
+        versions = self._parameter_versions()
+        if versions == self._versions or not self.is_fitted:
+            return
         now = self.problem.fingerprint()
         changed = [key for key, value in now.items() if self._fitted_on[key] != value]
         if changed:
@@ -259,12 +282,17 @@ class InfluenceModel:
                 f"the model has changed since fit ({', '.join(changed)} differ): fit again, or keep a copy of the "
                 "model that was fitted (copy.deepcopy)"
             )
-        self.problem.check(data.rows(slice(0, 1)), whose)
+        self._versions = versions
+
+    def _parameter_versions(self) -> list[tuple[int, int]]:
+        return [(id(p), p._version) for p in self.problem.model.parameters()]
 
     def _influences(self, left: DenseRows, x: Tree, y: Tree, mode: InfluenceMode | str) -> Tensor:
         if InfluenceMode(mode) is InfluenceMode.Perturbation:
             return self.perturbations(left, x, y)
-        return left.dot(self.right_rows(self.gradient_rows(x, y)))
+        scores = left.dot(self.right_rows(self.gradient_rows(x, y)))
+        check_finite(scores, "scores", "test")
+        return scores
 
     def _influences_by_block(self, left: DenseRows, x: Tree, y: Tree, mode: InfluenceMode | str) -> dict[str, Tensor]:
         if InfluenceMode(mode) is InfluenceMode.Perturbation:
@@ -364,7 +392,13 @@ class EkfacInfluence(InfluenceModel):
 
 
 def _same_if_none(x_test: Tree, y_test: Tree, x: Tree, y: Tree) -> tuple[Tree, Tree]:
+    if x is None and y is not None:
+        raise DataError("y was given without x")
     return (x_test, y_test) if x is None else (x, y)
+
+
+def _first(data: Data) -> Batch:
+    return data.rows(slice(0, 3))
 
 
 def _tensors(tree: Tree) -> Tree:

@@ -7,16 +7,17 @@ outputs only, never the parameters, and nothing is left behind on the model.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from outfluence.data import Batch, Tree
+from outfluence.data import Batch, Tree, tree_leaves, tree_map
 from outfluence.errors import UnsupportedLayerError
 from outfluence.problem import ROOT, Problem
 
@@ -43,11 +44,6 @@ class LinearLayer:
     def d_in(self) -> int:
         """Columns of the gradient matrix: the inputs, then the constant one of the bias."""
         return self.d_weight + (self.bias is not None)
-
-    @property
-    def names(self) -> list[str]:
-        """Names of its trainable parameters, in the order of the columns of `to_matrix`."""
-        return [name for name in (self.weight, self.bias) if name is not None]
 
     def to_matrix(self, rows: Tensor) -> Tensor:
         """Rows ``(n, P_layer)`` as gradient matrices ``(n, d_out, d_in)``, the bias in the last column."""
@@ -130,9 +126,15 @@ def record(problem: Problem, layers: dict[str, LinearLayer], x: Tree) -> Recordi
     """
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
+    n = tree_leaves(x)[0].shape[0]
 
     def hook(block: str) -> Callable[..., Tensor]:
         def keep(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            if not args or output.shape[0] != n or output.ndim < 2:
+                raise UnsupportedLayerError(
+                    f"layer {block!r} must be called with one positional argument whose first axis is the samples ({n}); "
+                    f"it gives {tuple(output.shape)}. Freeze it, or use another method (DirectInfluence)"
+                )
             if block in inputs:
                 raise UnsupportedLayerError(
                     f"layer {block!r} is called more than once in a forward pass: freeze it with "
@@ -141,7 +143,7 @@ def record(problem: Problem, layers: dict[str, LinearLayer], x: Tree) -> Recordi
             inputs[block] = _augmented(layers[block], _positions(args[0].detach()))
             # Nothing below the first trainable layer requires gradients: start the graph at its output.
             outputs[block] = output if output.requires_grad else output.requires_grad_()
-            return outputs[block]
+            return outputs[block].clone()  # what follows may work in place
 
         return keep
 
@@ -164,6 +166,9 @@ def check_layers(problem: Problem, layers: dict[str, LinearLayer], batch: Batch)
     Raises:
         UnsupportedLayerError: naming the layer whose gradients differ.
     """
+    # In float64, where a difference is a difference.
+    problem = replace(problem, model=copy.deepcopy(problem.model).double(), block_structure=problem.blocks)
+    batch = Batch(*(tree_map(lambda t: t.double() if t.is_floating_point() else t, part) for part in batch))
     y = problem.on_device(batch.y)
     recording = record(problem, layers, batch.x)
     output_gradients = recording.output_gradients(sum_of_losses(problem, recording.output, y))
@@ -171,7 +176,7 @@ def check_layers(problem: Problem, layers: dict[str, LinearLayer], batch: Batch)
         recorded = output_gradients[block].mT @ recording.inputs[block]
         expected = layers[block].to_matrix(rows)
         scale = expected.abs().amax()
-        if (recorded - expected).abs().amax() > 1e3 * torch.finfo(expected.dtype).eps * scale + 1e-30:
+        if (recorded - expected).abs().amax() > 1e-9 * scale + 1e-30:
             raise UnsupportedLayerError(
                 f"layer {block!r}: its parameters' gradients are not those of a linear layer (are they used "
                 "elsewhere, in the loss or in another layer?): freeze them, or use another method (DirectInfluence "

@@ -26,6 +26,8 @@ _GRADIENT_COPIES, _INVERSE_COPIES = 3, 4
 _ACTIVATION_COPIES = 4
 #: A block of results: computed, checked, encoded, read back.
 _BLOCK_COPIES = 4
+#: The samples of a strip: read, and made tensors.
+_SAMPLE_COPIES = 2
 #: A tile of factors: read, decoded and aligned.
 _TILE_COPIES = 3
 #: Chunks no larger than this: enough for matrix products to be fast, and for chunk files of some 16 MiB.
@@ -49,6 +51,7 @@ class Work:
         model_bytes: what a worker holds all the time: model and inverse.
         activation_bytes: what one sample keeps for its backward pass.
         batch_size: samples at once through the model, if the user has an opinion.
+        sample_bytes: bytes of one training sample as it is read.
     """
 
     n_test: int
@@ -61,6 +64,7 @@ class Work:
     model_bytes: int = 0
     activation_bytes: int = 0
     batch_size: int | None = None
+    sample_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -134,18 +138,23 @@ class Plan:
             }
         held = max(0, work.n_test - self.test_chunk) if self.holds_factors else 0
         factors = (_TILE_COPIES * self.test_chunk + held) * work.row_bytes if work.n_test else 0
+        samples = _SAMPLE_COPIES * self.train_chunk * work.sample_bytes
         block = _BLOCK_COPIES * self.test_chunk * self.train_chunk * self.score_bytes if work.n_test else 0
         if work.directions:
             derivatives = _ACTIVATION_COPIES * work.activation_bytes + 3 * self.score_bytes
+            batch = self.batch_size * min(self.test_chunk, work.directions) * derivatives
+            batch += work.directions * work.row_bytes
+            selves = self.batch_size * per_sample + inverse if work.self_influences else 0
             return parts | {
-                "batch": self.batch_size * min(self.test_chunk, work.directions) * derivatives
-                + work.directions * work.row_bytes,
+                "batch": max(batch, selves),
+                "samples of a chunk": samples,
                 "factors": factors,
                 "score block": block,
             }
         return parts | {
             "batch": self.batch_size * per_sample + (inverse if work.self_influences else 0),
-            "gradients of a chunk": self.train_chunk * work.row_bytes,
+            "samples of a chunk": samples,
+            "gradients of a chunk": self.train_chunk * work.row_bytes if work.n_test else 0,
             "factors": factors,
             "score block": block,
         }
@@ -224,8 +233,8 @@ def make_plan(work: Work, memory_limit: int, *, test_chunk: int | None = None, t
         PlanError: if not even single samples fit, or the given chunks do not; it names the smallest limit that works.
     """
     for name, value in (("memory_limit", memory_limit), ("test_chunk", test_chunk), ("train_chunk", train_chunk)):
-        if value is not None and value < 1:
-            raise PlanError(f"{name} must be at least 1, not {value}")
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise PlanError(f"{name} must be a whole number, at least 1, not {value!r}")
     given = {"test_chunk": test_chunk, "train_chunk": train_chunk}
     sizes: dict[str, Any] = {
         "test_chunk": test_chunk or _first_size(work.n_test, _MIN_TEST_TASKS, _MAX_TEST),
@@ -257,7 +266,7 @@ def parse_bytes(text: str | int) -> int:
     """
     try:
         return int(dask.utils.parse_bytes(text))
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise PlanError(f"memory_limit={text!r} is no size; write it like '4GiB' or '500MB'") from error
 
 

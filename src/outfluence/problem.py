@@ -7,13 +7,9 @@ no train/eval switch, no device. Vectors over the parameters are laid out block 
 from __future__ import annotations
 
 import copy
-import hashlib
-import inspect
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import CodeType
 from typing import Any
 
 import torch
@@ -21,9 +17,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vjp, vmap
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils import _pytree
 
 from outfluence.data import Batch, Tree, describe, tree_leaves, tree_map
 from outfluence.errors import OutfluenceError, ProblemError
+from outfluence.fingerprint import fingerprint
 from outfluence.modes import BlockMode
 from outfluence.rows import DenseRows, check_finite
 
@@ -47,7 +45,8 @@ class Problem:
 
     Args:
         model: called as ``model(x)``, ``model(*x)`` for a tuple and ``model(**x)`` for a dict.
-        loss: called as ``loss(output, y)`` with a batch of one sample; gives a scalar. Means and sums are the same.
+        loss: called as ``loss(output, y)`` with a batch of one sample; gives a scalar. A mean
+            and a sum over samples are the same, as there is one.
         block_structure: a `BlockMode`, or an ordered mapping of block names to parameter names.
 
     Raises:
@@ -204,28 +203,59 @@ class Problem:
         device = self.device
         return tree_map(lambda t: t.to(device), tree)
 
-    def check(self, sample: Batch, whose: str) -> None:
-        """Try one sample before any work.
+    def check(self, batch: Batch, whose: str) -> None:
+        """Try a few samples before any work.
 
         Args:
-            sample: one sample.
-            whose: which data it comes from, for messages: "training", "test".
+            batch: one or a few samples, the first of the data.
+            whose: which data they come from, for messages: "training", "test".
 
         Raises:
-            ProblemError: if the model's output for a sample depends on the batch or on chance, or it cannot be run.
-            NonFiniteError: if the sample's gradient is not finite.
+            ProblemError: if the model's output for a sample depends on the other samples, on those before, or on
+                chance; or if it cannot be run.
+            NonFiniteError: if a gradient is not finite.
         """
         _check_deterministic(self.model)
+        dtypes = {p.dtype for p in self.parameters.values()}
+        if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
+            raise ProblemError(
+                f"the trainable parameters are {', '.join(sorted(map(str, dtypes)))}: factors and scores need all of "
+                "them in float32, or all in float64. Convert with model.float()."
+            )
         try:
-            gradients = self.gradients(*sample)
+            gradients = self.gradients(*batch)
+            self._check_samples_apart(batch)
         except OutfluenceError:
             raise
         except Exception as error:
             raise ProblemError(
-                f"the model or the loss fails on {whose} sample 0 ({describe(sample, batched=True)}): "
+                f"the model or the loss fails on {whose} sample 0 ({describe(batch, batched=True)}): "
                 f"{type(error).__name__}: {error}"
             ) from error
         check_finite(gradients.values, "gradients", whose)
+
+    def _check_samples_apart(self, batch: Batch) -> None:
+        """Run samples together and alone, on copies of the buffers: outputs and buffers must not change."""
+        x = self.on_device(batch.x)
+        before = dict(self.model.named_buffers())
+
+        def run(inputs: Tree) -> list[Tensor]:
+            after = {name: buffer.clone() for name, buffer in before.items()}
+            output = self.output(self.parameters | after, inputs)
+            moved = [name for name, buffer in after.items() if not torch.equal(buffer, before[name])]
+            if moved:
+                raise ProblemError(f"a forward pass changes the buffer {moved[0]!r}: call model.eval() first")
+            return [leaf for leaf in _pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.ndim]
+
+        with torch.no_grad():
+            together = run(x)
+            for i in range(tree_leaves(x)[0].shape[0]):
+                alone = run(tree_map(partial(_only, i), x))
+                if not all(_agree(whole[i], part[0]) for whole, part in zip(together, alone, strict=True)):
+                    raise ProblemError(
+                        f"the model gives another output for sample {i} alone than among others: it mixes the samples "
+                        "of a batch, or the first axis of its output is not that of the samples"
+                    )
 
     def activation_bytes(self, sample: Batch) -> int:
         """Bytes that one sample keeps for its backward pass, measured on one forward pass."""
@@ -245,18 +275,14 @@ class Problem:
         return sum(kept.values())
 
     def fingerprint(self) -> dict[str, str]:
-        """What identifies this problem in a store: the architecture, its weights, the loss and the blocks."""
-        digest = hashlib.blake2b(digest_size=16)
-        for name, tensor in self.model.state_dict().items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        code = sorted({_code_of(type(module).forward) for module in self.model.modules()})
-        structure = f"{self.model} {code}"
+        """What identifies this problem in a store: the architecture and its code, the weights, the loss, the blocks."""
+        parameters, buffers = dict(self.model.named_parameters()), dict(self.model.named_buffers())
+        structure = fingerprint(self.model, without=[*parameters.values(), *buffers.values()])
         return {
-            "model": f"{_name_of(type(self.model))} {_short_hash(structure)}",
-            "weights": digest.hexdigest(),
-            "loss": f"{_name_of(self.loss)} {_code_of(self.loss)}".strip(),
-            "blocks": _short_hash(str(list(self.blocks.items()))),
+            "model": f"{type(self.model).__qualname__} {structure}",
+            "weights": fingerprint((parameters, buffers)),
+            "loss": f"{_name_of(self.loss)} {fingerprint(self.loss)}",
+            "blocks": fingerprint(self.blocks),
         }
 
     def _per_sample(self, function: Callable[..., Any], x: Tree, y: Tree) -> Callable[..., Any]:
@@ -316,38 +342,15 @@ def _check_deterministic(model: nn.Module) -> None:
             raise ProblemError(f"{where} drops out at random: call model.eval() first, or set its rate to 0.")
 
 
+def _only(i: int, leaf: Tensor) -> Tensor:
+    return leaf[i : i + 1]
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    # Loosely: a sum in another order is no mixing of samples.
+    scale = float(a.abs().nan_to_num(posinf=0.0).amax()) if a.numel() else 0.0
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-3 * scale, equal_nan=True)
+
+
 def _name_of(thing: Any) -> str:
-    # Without the module of user code: the same class is __main__.Net in a script and script.Net in a notebook.
-    module = getattr(thing, "__module__", None) or ""
-    name: str = getattr(thing, "__qualname__", type(thing).__qualname__)
-    return f"{module}.{name}" if module.startswith("torch.") else name
-
-
-def _code_of(function: Any) -> str:
-    """A hash of what a function or object of the user's does, as far as can be seen; nothing for library functions."""
-    if isinstance(function, partial):
-        return _short_hash(f"{_name_of(function.func)} {_code_of(function.func)} {function.args} {function.keywords}")
-    if isinstance(function, nn.Module):  # a loss: its settings do not show in its repr
-        settings = {k: v for k, v in vars(function).items() if not k.startswith("_") and k != "training"}
-        return _short_hash(f"{settings} {dict(function.state_dict())} {_code_of(type(function).forward)}")
-    function = inspect.unwrap(function)
-    code = getattr(function, "__code__", None)
-    if code is None or (getattr(function, "__module__", "") or "").startswith("torch."):
-        return ""
-    closure = [cell.cell_contents for cell in function.__closure__ or ()]
-    return _short_hash(f"{_code_text(code)} {function.__defaults__} {[_code_of(c) or repr(c) for c in closure]}")
-
-
-def _code_text(code: CodeType) -> str:
-    consts = []
-    for const in code.co_consts:
-        if isinstance(const, CodeType):
-            consts.append(_code_text(const))
-        else:  # the order of a set differs between processes
-            consts.append(str(sorted(map(repr, const))) if isinstance(const, frozenset) else repr(const))
-    return f"{code.co_code.hex()} {consts} {code.co_names}"
-
-
-def _short_hash(text: str) -> str:
-    # Memory addresses in a repr differ between processes.
-    return hashlib.blake2b(re.sub(r"0x[0-9a-f]+", "", text).encode(), digest_size=8).hexdigest()
+    return str(getattr(thing, "__qualname__", type(thing).__qualname__))

@@ -5,7 +5,7 @@ Calculators, stores and plans see only this: `len`, slices, named arrays to stor
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -30,9 +30,6 @@ class DenseRows:
     def __len__(self) -> int:
         return self.values.shape[0]
 
-    def __getitem__(self, index: slice) -> Self:
-        return replace(self, values=self.values[index])
-
     @property
     def arrays(self) -> dict[str, Tensor]:
         """What to store: named arrays, first axis samples, trailing shapes the same for all samples."""
@@ -41,10 +38,6 @@ class DenseRows:
     def with_arrays(self, arrays: Mapping[str, Tensor]) -> Self:
         """Rows like these, with other samples' arrays."""
         return replace(self, values=arrays["values"])
-
-    def to(self, device: torch.device | str) -> Self:
-        """These rows on a device."""
-        return replace(self, values=self.values.to(device))
 
     def dot(self, right: DenseRows) -> Tensor:
         """Dot products with other rows: ``(n_left, n_right)``."""
@@ -67,11 +60,6 @@ class DenseRows:
         values = torch.zeros_like(self.values)
         values[:, self.sections[name]] = self.values[:, self.sections[name]]
         return replace(self, values=values)
-
-
-def concatenate(parts: Sequence[DenseRows]) -> DenseRows:
-    """Rows of consecutive ranges of samples, as one."""
-    return replace(parts[0], values=torch.cat([part.values for part in parts]))
 
 
 def check_finite(rows: Tensor, what: str, samples: str, start: int = 0) -> None:

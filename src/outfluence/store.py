@@ -6,11 +6,13 @@ receipt. What has a receipt is never computed again; what has none is computed a
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
 import shutil
 import tempfile
+import uuid
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,9 +74,9 @@ class Store:
             self.group = zarr.open_group(str(self.path), mode="r")
             attributes: dict[str, Any] = dict(self.group.attrs)
             self.about: dict[str, Any] = attributes[ATTRIBUTE]
-        except (OSError, KeyError, zarr.errors.ContainsArrayError) as error:
+        except (OSError, KeyError, ValueError, zarr.errors.ContainsArrayError) as error:
             raise StoreError(f"{self.path} is no store of outfluence") from error
-        version = self.about["format_version"]
+        version = self.about.get("format_version", FORMAT_VERSION + 1)
         if version > FORMAT_VERSION:
             raise StoreError(
                 f"{self.path} has format {version}, this version of outfluence reads up to {FORMAT_VERSION}: upgrade"
@@ -126,23 +128,44 @@ class Store:
             path.parent.mkdir(parents=True, exist_ok=True)
             made = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
             made.chmod(0o777 & ~_umask())  # mkdtemp makes it private
-            _lay_out(made, specs, coordinates, {"format_version": FORMAT_VERSION, **about})
+            _lay_out(made, specs, coordinates, {"format_version": FORMAT_VERSION, "id": uuid.uuid4().hex, **about})
             if path.is_dir():
                 path.rmdir()  # find() said that it is free: an empty folder
             made.rename(path)
         except OSError as error:
             if made is not None:
                 shutil.rmtree(made, ignore_errors=True)
+            if made is not None and error.errno in (
+                errno.ENOTEMPTY,
+                errno.EEXIST,
+            ):  # another process was faster: the same job, or refused
+                return cls(path)
             raise StoreError(
                 f"cannot write a store at {path}: {error.strerror or error}. Choose a path that you may write to."
             ) from error
         return cls(path)
 
-    def remove(self) -> None:
-        """Delete this store."""
-        aside = self.path.with_name(f".{self.path.name}.removed-{os.getpid()}")
-        self.path.rename(aside)  # at once, so that no half-deleted store is taken for one
-        shutil.rmtree(aside)
+    @property
+    def id(self) -> str:
+        """What tells this store from one that was at its path before."""
+        return str(self.about["id"])
+
+    def check_still_there(self) -> None:
+        """Refuse to go on if another store has taken the place of this one.
+
+        Raises:
+            StoreError: if so.
+        """
+        if Store(self.path).id != self.id:
+            raise StoreError(
+                f"{self.path} has been replaced by another store; this run's results are not wanted any more"
+            )
+
+    def move_aside(self) -> Path:
+        """Free the path, at once; the store is still there under the name that is given back."""
+        aside = self.path.with_name(f".{self.path.name}.replaced-{self.id}")
+        self.path.rename(aside)
+        return aside
 
     def require(self, identity: Mapping[str, Any]) -> None:
         """Check that this store was made by the same job.
@@ -175,6 +198,7 @@ class Store:
         Raises:
             StoreError: if what is read back is not what was written, or the disk refuses.
         """
+        self.check_still_there()
         array = self._array(path, "r+")
         block = np.ascontiguousarray(block)
         if block.dtype != array.dtype:
@@ -192,6 +216,7 @@ class Store:
 
     def leave_receipt(self, stage: str, task: int, receipt: Mapping[str, Any]) -> None:
         """Declare a task done. Call it last: after its data is written."""
+        self.check_still_there()
         folder = self.path / _RECEIPTS
         folder.mkdir(exist_ok=True)
         _write_whole(folder / f"{stage}-{task:08d}.json", json.dumps(receipt).encode())
@@ -226,23 +251,39 @@ class Store:
 
     # What a run keeps beside the results while it lasts.
 
-    def put_input(self, role: str, name: str, n_rows: int, blocks: Iterator[np.ndarray]) -> zarr.Array[Any]:
-        """Write an input that lived in memory, so that workers, also restarted ones, find it."""
-        first = next(blocks)
-        array = zarr.create_array(
-            str(self.path / _INPUTS / role),
-            name=name,
-            shape=(n_rows, *first.shape[1:]),
-            chunks=(min(len(first), 1024), *first.shape[1:]),
-            dtype=first.dtype,
-            compressors=None,
-            overwrite=True,
-        )
-        start = 0
-        for block in itertools.chain([first], blocks):
-            array[start : start + len(block)] = block
-            start += len(block)
-        return zarr.open_array(str(self.path / _INPUTS / role / name), mode="r")
+    def put_input(self, content: str, name: str, n_rows: int, blocks: Iterator[np.ndarray]) -> zarr.Array[Any]:
+        """Write an input that lived in memory, so that workers, also restarted ones, find it.
+
+        It appears whole or not at all, and is never written again: tasks of a killed client may still be reading it.
+
+        Args:
+            content: the fingerprint of the data that it is a part of.
+            name: which part.
+            n_rows: number of samples.
+            blocks: consecutive ranges of them.
+        """
+        folder = self.input_file(content)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / name).exists():
+            first = next(blocks)
+            made = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder))
+            array = zarr.create_array(
+                str(made),
+                shape=(n_rows, *first.shape[1:]),
+                chunks=(min(len(first), 1024), *first.shape[1:]),
+                dtype=first.dtype,
+                compressors=None,
+                overwrite=True,
+            )
+            start = 0
+            for block in itertools.chain([first], blocks):
+                array[start : start + len(block)] = block
+                start += len(block)
+            try:
+                made.rename(folder / name)
+            except OSError:  # another process was faster
+                shutil.rmtree(made, ignore_errors=True)
+        return zarr.open_array(str(folder / name), mode="r")
 
     def input_file(self, name: str) -> Path:
         """Where a file that the run needs is, or would be."""

@@ -13,11 +13,12 @@ import pickle
 import resource
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ import torch
 from distributed import get_worker
 from torch import Tensor
 
-from outfluence.data import Data, to_numpy, tree_leaves
-from outfluence.errors import ClusterError
+from outfluence.data import Data, to_numpy, tree_leaves, tree_map
+from outfluence.errors import ClusterError, StoreError
 from outfluence.influence import InfluenceModel
 from outfluence.modes import InfluenceMode
 from outfluence.plan import Plan, Work
@@ -52,6 +53,7 @@ class Job:
     self_influences: bool = False
     plan: Plan | None = None
     store: Path | None = None
+    store_id: str = ""
     threads: int | None = None
     baseline_bytes: int = 0
 
@@ -95,7 +97,8 @@ class Job:
         perturbation = self.mode is InfluenceMode.Perturbation and self.train is not None
         floats = [leaf for leaf in tree_leaves(sample.x) if leaf.is_floating_point()]
         if perturbation:  # raises where there is nothing to differentiate by
-            problem.mixed_derivatives(torch.zeros(1, problem.n_parameters, dtype=problem.dtype), *sample)
+            zeros = torch.zeros(1, problem.n_parameters, dtype=problem.dtype, device=problem.device)
+            problem.mixed_derivatives(zeros, *sample)
         hints = [data.batch_size for data in self.data.values() if data.batch_size]
         inverse = sum(t.nbytes for t in self.model.inverse.tensors.values())
         buffers = sum(b.nbytes for b in self.model.problem.model.buffers())
@@ -110,6 +113,7 @@ class Job:
             model_bytes=sum(p.nbytes for p in problem.model.parameters()) + buffers + inverse,
             activation_bytes=problem.activation_bytes(sample),
             batch_size=min(hints) if hints else None,
+            sample_bytes=sum(leaf.nbytes for leaf in tree_leaves(sample.x) + tree_leaves(sample.y)),
         )
 
 
@@ -122,7 +126,16 @@ def remote_task(recipe: str, version: int, stage: str, task: int) -> dict[str, A
     worker = get_worker()
     if worker.state.nthreads > 1:
         raise ClusterError(f"worker {worker.address} runs {worker.state.nthreads} threads: start it with --nthreads 1")
-    return run_task(_job_from(recipe, version), stage, task)
+    if not _BUSY.acquire(blocking=False):
+        raise ClusterError(f"worker {worker.address} shares its process with another: start workers as processes")
+    try:
+        return run_task(_job_from(recipe, version), stage, task)
+    finally:
+        _BUSY.release()
+
+
+#: Held while a task runs: threads that share a model give wrong gradients.
+_BUSY = threading.Lock()
 
 
 @lru_cache(maxsize=1)
@@ -146,6 +159,8 @@ def run_task(job: Job, stage: str, task: int) -> dict[str, Any]:
     assert job.store is not None
     watch = _Watch(job.baseline_bytes)
     store = Store(job.store)
+    if store.id != job.store_id:
+        raise StoreError(f"{job.store} has been replaced by another store")
     finished = store.receipt(stage, task)
     if finished is not None:  # a scheduler repeats a finished task if the worker that knew of it is lost
         return finished
@@ -196,15 +211,18 @@ def _strip(job: Job, store: Store, samples: slice, watch: _Watch) -> tuple[int, 
     model, plan = job.model, job.plan
     assert plan is not None
     assert job.train is not None
-    values = torch.empty(length(samples), model.n_parameters, dtype=model.problem.dtype, device=model.problem.device)
+    shape = (length(samples) if plan.test_tiles else 0, model.n_parameters)
+    values = torch.empty(shape, dtype=model.problem.dtype, device=model.problem.device)
     selves = []
+    with watch("read"):
+        rows = job.train.rows(samples)
     for part in _batches(samples, plan.batch_size):
-        with watch("read"):
-            batch = job.train.rows(part)
+        x, y = tree_map(partial(_part, _within(part, samples)), rows)
         with watch("gradients"):
-            gradients = model.gradient_rows(*batch, "training", part.start)
+            gradients = model.gradient_rows(x, y, "training", part.start)
             right = model.right_rows(gradients)
-            values[_within(part, samples)] = right.values
+            if plan.test_tiles:
+                values[_within(part, samples)] = right.values
         if job.self_influences:
             with watch("self-influences"):
                 selves.append(model.inverse.quadratic(gradients))
@@ -231,13 +249,14 @@ def _perturbed_strip(job: Job, store: Store, samples: slice, watch: _Watch) -> t
     assert plan is not None
     assert job.train is not None
     written, checksums = 0, dict[str, int]()
+    with watch("read"):
+        rows = job.train.rows(samples)
     for tile in plan.test_tiles:
         with watch("read factors"):
             left = _factors_of(job, store, tile)
         block = torch.empty(len(left), length(samples), *plan.work.features, dtype=model.problem.dtype)
         for part in _batches(samples, plan.batch_size):
-            with watch("read"):
-                batch = job.train.rows(part)
+            batch = tree_map(partial(_part, _within(part, samples)), rows)
             with watch("scores"):
                 block[:, _within(part, samples)] = model.perturbations(left, *batch).to(block)
         written += _write_scores(store, (tile, samples), block, watch, checksums)
@@ -252,14 +271,14 @@ def _factors_of(job: Job, store: Store, tile: slice) -> DenseRows:
     assert job.plan is not None
     if not job.plan.holds_factors:
         return _read_factors(store, tile, job.model)
-    held = _held_factors(store.path, store.about["created"])
+    held = _held_factors(store.id)
     if tile.start not in held:
         held[tile.start] = _read_factors(store, tile, job.model)
     return held[tile.start]
 
 
 @lru_cache(maxsize=1)
-def _held_factors(path: Path, created: str) -> dict[int, DenseRows]:  # noqa: ARG001 - one run's factors at a time
+def _held_factors(store_id: str) -> dict[int, DenseRows]:  # noqa: ARG001 - one run's factors at a time
     return {}
 
 
@@ -344,3 +363,7 @@ def _within(part: slice, samples: slice) -> slice:
 def _batches(samples: slice, size: int) -> Iterator[slice]:
     for start in range(samples.start, samples.stop, size):
         yield slice(start, min(start + size, samples.stop))
+
+
+def _part(index: slice, rows: Tensor) -> Tensor:
+    return rows[index].clone()  # aligned, see data

@@ -60,7 +60,8 @@ class KroneckerSolver:
         if self.fisher is not FisherMode.EMPIRICAL:
             _check_cross_entropy(problem)
         regularization = per_block(self.regularization, problem)
-        check_layers(problem, layers, data.rows(slice(0, min(4, len(data)))))
+        for start in {0, len(data) // 2, max(0, len(data) - 4)}:
+            check_layers(problem, layers, data.rows(slice(start, start + 4)))
 
         zeros = partial(torch.zeros, dtype=problem.dtype, device=problem.device)
         inputs = {name: zeros(layer.d_in, layer.d_in) for name, layer in layers.items()}
@@ -212,7 +213,7 @@ def uniform_draws(seed: int, start: int, stop: int) -> np.ndarray:
 
 def _check_cross_entropy(problem: Problem) -> None:
     loss: Callable[..., Any] = problem.loss
-    plain_module = isinstance(loss, nn.CrossEntropyLoss) and loss.weight is None and loss.label_smoothing == 0
+    plain_module = type(loss) is nn.CrossEntropyLoss and loss.weight is None and loss.label_smoothing == 0
     if loss is not F.cross_entropy and not plain_module:
         raise ProblemError(
             "labels are drawn from the model for plain cross entropy only (torch.nn.functional.cross_entropy or "
