@@ -276,7 +276,8 @@ class InfluenceModel:
         if versions == self._versions or not self.is_fitted:
             return
         now = self.problem.fingerprint()
-        changed = [key for key, value in now.items() if self._fitted_on[key] != value]
+        # Not "model": modules may keep counters or caches that change with every call.
+        changed = [key for key in ("weights", "loss", "blocks") if self._fitted_on[key] != now[key]]
         if changed:
             raise ProblemError(
                 f"the model has changed since fit ({', '.join(changed)} differ): fit again, or keep a copy of the "

@@ -132,7 +132,7 @@ def record(problem: Problem, layers: dict[str, LinearLayer], x: Tree) -> Recordi
         def keep(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             if not args or output.shape[0] != n or output.ndim < 2:
                 raise UnsupportedLayerError(
-                    f"layer {block!r} must be called with one positional argument whose first axis is the samples ({n}); "
+                    f"layer {block!r} must be called with one positional argument, first axis the {n} samples; "
                     f"it gives {tuple(output.shape)}. Freeze it, or use another method (DirectInfluence)"
                 )
             if block in inputs:
