@@ -321,6 +321,47 @@ def test_workers_with_several_threads_are_refused(mlp32, tmp_path):
             calculator.influences(test, train).to_zarr(tmp_path / "a.zarr")
 
 
+def test_workers_that_share_a_process_are_refused(mlp32):
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=":0") as cluster,
+        Client(cluster, set_as_default=False) as threads,
+        pytest.raises(ClusterError, match="several Dask workers share one process"),
+    ):
+        DaskInfluenceCalculator(mlp32[0], threads)
+    with pytest.raises(ClusterError, match=r"client must be a distributed\.Client, not a str"):
+        DaskInfluenceCalculator(mlp32[0], "tcp://127.0.0.1:8786")
+    with pytest.raises(ProblemError, match="model must be a fitted influence model"):
+        SequentialInfluenceCalculator(mlp32[0].problem.model)
+
+
+class Forgetful:
+    """A client whose cluster is restarted in the middle: futures come back cancelled, or not at all."""
+
+    def __init__(self, client):
+        self.client = client
+
+    def __getattr__(self, name):
+        return getattr(self.client, name)
+
+    def map(self, function, tasks, **options):
+        futures = self.client.map(function, tasks, **options)
+        self.client.cancel(futures[len(futures) // 2 :], force=True)
+        return futures
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tasks_that_the_cluster_loses_are_failures(client, mlp32, tmp_path, monkeypatch):
+    model, test, train = mlp32
+    calculator = DaskInfluenceCalculator(model, client)
+    lazy = calculator.influences(test, train, train_chunk=20)
+    calculator.client = Forgetful(client)
+    with pytest.raises(RunError, match=r"task\(s\) of 'factors' failed"):
+        lazy.to_zarr(tmp_path / "a.zarr")
+    assert (tmp_path / "a.zarr" / "inputs" / "inverse.pt").exists()
+    calculator.client = client
+    same(lazy.to_zarr(tmp_path / "a.zarr")["scores"], model.influences(*test, *train), 1e-5)
+
+
 def test_a_path_that_workers_do_not_see(client, tmp_path, monkeypatch):
     monkeypatch.setattr(client, "run", lambda *args, **kwargs: {"tcp://far:1": False, "tcp://off:2": False})
     with pytest.raises(ClusterError, match=r"worker tcp://far:1 \(and 1 more\) cannot see .*all of them share"):
@@ -462,6 +503,34 @@ def test_bad_input_is_refused_before_any_work(mlp32, tmp_path):
     bad[0] = float("inf")
     with pytest.raises(NonFiniteError, match="gradients for test sample 0"):
         calculator.influences((bad, test[1]), train)
+
+
+def test_a_store_is_not_replaced_by_what_is_made_from_it(mlp32, tmp_path):
+    model, test, train = mlp32
+    calculator = SequentialInfluenceCalculator(model)
+    factors = calculator.influence_factors(test).to_zarr(tmp_path / "a.zarr")
+    with pytest.raises(StoreMismatchError, match="holds factors or data that the new store is to be made from"):
+        calculator.influences_from_factors(factors, train).to_zarr(tmp_path / "a.zarr", overwrite=True)
+    same(open_influences(tmp_path / "a.zarr")["factors"], model.influence_factors(*test), 1e-6)
+    assert os.listdir(tmp_path) == ["a.zarr"]
+
+
+def test_a_model_that_goes_on_training_before_the_run_is_refused(mlp32, tmp_path):
+    model, test, train = copy.deepcopy(mlp32)
+    lazy = SequentialInfluenceCalculator(model).influences(test, train)
+    with torch.no_grad():
+        model.problem.model[0].weight *= 3
+    with pytest.raises(ProblemError, match="has changed since fit"):
+        lazy.to_zarr(tmp_path / "a.zarr")
+    assert os.listdir(tmp_path) == []
+
+
+def test_object_stores_are_not_folders(mlp32, tmp_path, monkeypatch):
+    model, test, train = mlp32
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreError, match="object stores are not supported yet"):
+        SequentialInfluenceCalculator(model).influences(test, train).to_zarr("s3://bucket/run.zarr")
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_model_that_went_on_training_is_refused(mlp32):

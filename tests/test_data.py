@@ -12,11 +12,13 @@ import torch
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.utils.data import (
     DataLoader,
     Dataset,
     IterableDataset,
     RandomSampler,
+    SequentialSampler,
     Subset,
     TensorDataset,
     WeightedRandomSampler,
@@ -137,6 +139,26 @@ def test_a_whole_pass_leaves_the_fingerprint(size):
     assert data.fingerprint == expected
 
 
+def test_edits_of_a_copy_on_write_map_count(tmp_path):
+    np.save(tmp_path / "x.npy", X.numpy())
+    edited = np.load(tmp_path / "x.npy", mmap_mode="c")
+    edited /= 10
+    assert torch.equal(Data.from_arrays(edited).rows(slice(0, 24)).x, torch.tensor(edited))
+
+
+def test_fingerprints_follow_arrays_that_are_edited_in_place():
+    x = X.clone()
+    data = Data.of((x, Y))
+    before = data.fingerprint
+    x[5] += 1
+    assert data.fingerprint == data.content_now() != before
+
+
+def test_fingerprints_tell_names_apart():
+    other = X.flip(0)
+    assert Data.of(({"a": X, "b": other}, Y)).fingerprint != Data.of(({"b": X, "a": other}, Y)).fingerprint
+
+
 def test_fingerprints_see_every_number_type_and_shape():
     first = Data.of((X, Y)).fingerprint
     changed = Y.clone()
@@ -161,6 +183,15 @@ class Noisy(Squares):
         return torch.randn(3) + random.random() + np.random.rand(), i
 
 
+class Growing(Squares):
+    def __getitem__(self, i):
+        return torch.ones(i + 1), i
+
+
+def padded(items):
+    return nn.utils.rnn.pad_sequence([x for x, _ in items], batch_first=True), torch.tensor([y for _, y in items])
+
+
 def loader(**options):
     return DataLoader(TensorDataset(X, Y), **options)
 
@@ -175,6 +206,8 @@ def loader(**options):
         (lambda: loader(batch_size=7, drop_last=True), "drops its last 3 samples.*drop_last=False"),
         (lambda: DataLoader(Endless()), "Endless can only be iterated, and may never end"),
         (Endless, "Endless can only be iterated"),
+        (lambda: loader(sampler=SequentialSampler(range(2)), batch_size=2), "sampler gives 2 of its samples only"),
+        (lambda: DataLoader(Growing(), batch_size=4, collate_fn=padded), "batches are padded to their longest sample"),
         (lambda: (X, Y[:-1]), r"x and y differ in their number of samples: x has \[24\], y has \[23\]"),
         (lambda: ((X, X[:3]), Y), r"x has \[24, 3\], y has \[24\]"),
         (Noisy, "the first 8 samples read differently the second time"),

@@ -307,6 +307,29 @@ def test_wrong_shapes_are_refused():
         model.influences(*case.test, mode="upward")
 
 
+def test_a_model_that_went_on_training_is_refused_in_memory_too():
+    case = make_case("mlp")
+    model = fitted(case)
+    with torch.no_grad():
+        case.model[0].weight.mul_(2)
+    with pytest.raises(ProblemError, match=r"has changed since fit \(weights differ\)"):
+        model.influences(*case.test)
+    with torch.no_grad():
+        case.model[0].weight.div_(2)
+    model.influences(*case.test)
+
+
+def test_labels_without_inputs_are_refused():
+    case = make_case("mlp")
+    with pytest.raises(DataError, match="y was given without x"):
+        fitted(case).influences(*case.test, y=case.train[1])
+
+
+def test_a_changed_regularization_outlives_another_fit():
+    case = make_case("mlp")
+    assert fitted(case).with_regularization(7).fit(case.train).regularization == {"all": 7.0}
+
+
 def test_perturbation_of_integers_is_refused():
     case = make_case("tuple_inputs")
     model = fitted(case)

@@ -184,6 +184,14 @@ def test_self_influences_are_the_diagonal():
     assert torch.allclose(influence.self_influences(*train), influence.influences(*train).diagonal())
 
 
+def test_layers_that_work_in_place():
+    model, train, test = mlp()
+    relu = nn.Sequential(model[0], nn.ReLU(), model[2])
+    in_place = nn.Sequential(model[0], nn.ReLU(inplace=True), model[2])
+    one, other = (EkfacInfluence(m, True, LAMBDA).fit(train).influences(*test, *train) for m in (relu, in_place))
+    assert torch.equal(one, other)
+
+
 def test_explore_hessian_regularization():
     model, train, _ = mlp()
     influence = EkfacInfluence(model, True, LAMBDA).fit(train)
@@ -268,7 +276,12 @@ def _picky(output, y):
     return F.cross_entropy(output * torch.tensor([1.0, 2.0, 3.0], dtype=output.dtype), y)
 
 
-@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(label_smoothing=0.1), F.mse_loss, _picky])
+class Focal(nn.CrossEntropyLoss):
+    def forward(self, z, y):
+        return super().forward(z, y) ** 2
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(label_smoothing=0.1), F.mse_loss, _picky, Focal()])
 def test_labels_are_drawn_for_plain_cross_entropy_only(loss):
     model, train, _ = mlp()
     data = train if loss is not F.mse_loss else (train[0], torch.randn(24, 3).double())

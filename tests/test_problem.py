@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +18,7 @@ from cases import Nested, make_case
 from outfluence import BlockMode, DirectInfluence, Problem
 from outfluence.data import Data
 from outfluence.errors import NonFiniteError, ProblemError
+from outfluence.fingerprint import fingerprint
 
 NAMES = ["scale", "body.0.weight", "body.0.bias", "body.1.1.weight", "body.1.1.bias"]
 
@@ -160,6 +166,100 @@ def test_fingerprints_tell_problems_apart():
     assert of(case.model, structure="layer_wise")["blocks"] != first["blocks"]
     case.model[1] = nn.ReLU()
     assert of(case.model)["model"] != first["model"]
+
+
+class Weighted:
+    def __init__(self, weight):
+        self.weight = weight
+
+    def __call__(self, z, y):
+        return F.cross_entropy(z, y) * self.weight
+
+
+def power(p):
+    def loss(z, y, *, q=p):
+        return z.pow(q).sum()
+
+    return loss
+
+
+def over(weight):
+    return lambda z, y: (z * weight).sum()
+
+
+LONG = torch.ones(5000)
+CHANGED = LONG.index_fill(0, torch.tensor([2500]), 2.0)  # a repr of it would not show where
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (power(2), power(3)),
+        (Weighted(1.0), Weighted(2.0)),
+        (Weighted(1.0).__call__, Weighted(2.0).__call__),
+        (over(LONG), over(CHANGED)),
+        (partial(F.cross_entropy, weight=LONG), partial(F.cross_entropy, weight=CHANGED)),
+        (nn.CrossEntropyLoss(LONG), nn.CrossEntropyLoss(CHANGED)),
+    ],
+)
+def test_fingerprints_see_what_a_loss_depends_on(one, other):
+    assert fingerprint(one) == fingerprint(one)
+    assert fingerprint(one) != fingerprint(other)
+
+
+PROGRAM = """
+import torch
+from outfluence.fingerprint import fingerprint
+SCALES = {"a", "b", "c", "d"}
+class Net(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(2, 3)
+        self.own = {"x": {1, 2}, "f": lambda x: x in {"u", "v", "w"}}
+    def forward(self, x):
+        return self.helper(super().forward(x))
+    def helper(self, x):
+        return x * len(SCALES)
+torch.manual_seed(0)
+net = Net()
+def loss(z, y, depth=3):
+    return loss(z, y, depth - 1) if depth else net(z).sum()
+print(fingerprint((net, loss)))
+"""
+
+
+def test_fingerprints_are_the_same_in_every_process(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "changed.py").write_text(PROGRAM.replace('"a", "b", "c", "d"', '"a", "b", "c"'))
+
+    def run(*arguments, seed):
+        environment = {**os.environ, "PYTHONHASHSEED": str(seed), "PYTHONPATH": str(tmp_path)}
+        return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, check=True).stdout
+
+    first = run(str(tmp_path / "program.py"), seed=1)
+    assert len(first) == 33
+    assert run("-c", "import program", seed=2) == first
+    assert run("-c", "import changed", seed=2) != first
+
+
+class Mixing(nn.Linear):
+    def forward(self, x):
+        return super().forward(x - x.mean(0) / 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Mixing(4, 3), "another output for sample 0 alone than among others"),
+        (nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)).train(), "changes the buffer .*call model.eval"),
+        (nn.Linear(4, 3).half(), r"parameters are torch.float16: .*Convert with model.float"),
+        (nn.Sequential(nn.Linear(4, 4).double(), nn.Linear(4, 3)), "are torch.float32, torch.float64"),
+    ],
+)
+def test_models_whose_samples_do_not_stand_alone(model, message):
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with pytest.raises(ProblemError, match=message):
+        DirectInfluence(model, F.cross_entropy, 1.0).fit(sample())
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
 
 
 def test_the_activations_of_one_sample_are_measured_alone():

@@ -223,8 +223,8 @@ class Problem:
                 "them in float32, or all in float64. Convert with model.float()."
             )
         try:
+            self._check_samples_apart(batch)  # first: it works on copies of the buffers
             gradients = self.gradients(*batch)
-            self._check_samples_apart(batch)
         except OutfluenceError:
             raise
         except Exception as error:
