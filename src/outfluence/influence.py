@@ -270,6 +270,10 @@ class InfluenceModel:
         self._check_unchanged()
         self.problem.check(_first(data), whose)
 
+    def assume_unchanged(self) -> None:
+        """Take the weights for those of the fit: for a copy that was sent to a worker after `check`."""
+        self._versions = self._parameter_versions()
+
     def _check_unchanged(self) -> None:
         """Refuse a model that went on training; the weights are read again only if torch says that they may differ."""
         versions = self._parameter_versions()

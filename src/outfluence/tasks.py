@@ -142,6 +142,7 @@ _BUSY = threading.Lock()
 def _job_from(recipe: str, version: int) -> Job:  # noqa: ARG001 - a rewritten recipe is another one
     baseline = resident_bytes()  # before the model: the worker may have done other work before
     job: Job = replace(pickle.loads(Path(recipe).read_bytes()), baseline_bytes=baseline)
+    job.model.assume_unchanged()
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     return job
