@@ -525,6 +525,20 @@ def test_a_model_that_goes_on_training_before_the_run_is_refused(mlp32, tmp_path
     assert os.listdir(tmp_path) == []
 
 
+def test_a_replacement_that_cannot_be_made_leaves_the_old_store(mlp32, tmp_path, monkeypatch):
+    model, test, train = mlp32
+    lazy = SequentialInfluenceCalculator(model).influences(test, train)
+    before = lazy.to_zarr(tmp_path / "a.zarr").load()
+
+    def full(*_args):
+        raise StoreError("No space left on device")
+
+    monkeypatch.setattr(Store, "create", full)
+    with pytest.raises(StoreError, match="No space left"):
+        lazy.to_zarr(tmp_path / "a.zarr", overwrite=True)
+    assert open_influences(tmp_path / "a.zarr").load().identical(before)
+
+
 def test_object_stores_are_not_folders(mlp32, tmp_path, monkeypatch):
     model, test, train = mlp32
     monkeypatch.chdir(tmp_path)

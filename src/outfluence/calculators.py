@@ -305,7 +305,12 @@ class LazyInfluences:
             replaced, store = _move_aside(store, job, identity), None
         if store is None:
             plan = self.plan
-            store = Store.create(path, _specs(plan), _coordinates(plan), _about(identity, plan))
+            try:
+                store = Store.create(path, _specs(plan), _coordinates(plan), _about(identity, plan))
+            except StoreError:
+                if replaced is not None:
+                    replaced.rename(path)
+                raise
         store.require(identity)
         plan = self._stored_plan(store)
         if replaced is not None:
@@ -341,7 +346,8 @@ def _run(job: Job, executor: Executor, store: Store, progress: bool) -> None:
     assert job.plan is not None
     task_function: Callable[[str, int], dict[str, Any]]
     # The last bits of a matrix product may depend on the number of threads: go on with as many as were begun with.
-    begun_with = next((r["threads"] for stage in job.plan.stages for r in store.receipts(stage.name)), None)
+    first = next((store.receipt(s.name, task) for s in job.plan.stages for task in store.done(s.name)), None)
+    begun_with = first["threads"] if first else None
     threads_before = torch.get_num_threads()
     if isinstance(executor, DaskExecutor):
         recipe = _ship(replace(job, threads=begun_with or executor.torch_threads()), store)
