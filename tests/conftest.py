@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import Client, LocalCluster
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from cases import CASES, make_case
+
+settings.register_profile("outfluence", deadline=None)  # timed assertions do not belong in tests
+settings.load_profile("outfluence")
 
 
 @pytest.fixture(autouse=True)

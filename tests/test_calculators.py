@@ -111,7 +111,7 @@ def test_any_inputs_and_layers(name, tmp_path):
     same(dataset["factors"], model.influence_factors(*case.test))
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     test_chunk=st.integers(1, 9),
     train_chunk=st.integers(1, 30),
