@@ -272,6 +272,15 @@ def test_models_whose_samples_do_not_stand_alone(model, message):
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
 
 
+class Talkative(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), self.weight.sum(0), x.T
+
+
+def test_outputs_without_an_axis_of_samples_are_the_losses_business():
+    DirectInfluence(Talkative(4, 3), lambda z, y: F.cross_entropy(z[0], y), 1.0).fit(sample())
+
+
 def test_the_activations_of_one_sample_are_measured_alone():
     model = nn.Sequential(nn.Linear(1000, 10), nn.ReLU(), nn.Linear(10, 3))
     data = Data.from_arrays(torch.randn(500, 1000), torch.zeros(500, dtype=torch.int64))

@@ -249,12 +249,15 @@ class Problem:
 
         with torch.no_grad():
             together = run(x)
-            for i in range(tree_leaves(x)[0].shape[0]):
+            n = tree_leaves(x)[0].shape[0]
+            for i in range(n):
                 alone = run(tree_map(partial(_only, i), x))
-                if not all(_agree(whole[i], part[0]) for whole, part in zip(together, alone, strict=True)):
+                pairs = [(whole, part) for whole, part in zip(together, alone, strict=True) if len(part) == 1]
+                # An output without an axis of samples says nothing here; methods that need the axis refuse it.
+                if not all(_agree(whole[i], part[0]) for whole, part in pairs if len(whole) == n):
                     raise ProblemError(
                         f"the model gives another output for sample {i} alone than among others: it mixes the samples "
-                        "of a batch, or the first axis of its output is not that of the samples"
+                        "of a batch. Influence is of single samples"
                     )
 
     def activation_bytes(self, sample: Batch) -> int:

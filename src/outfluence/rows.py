@@ -1,6 +1,6 @@
 """Rows: what a sample is encoded to. A score is the dot product of a left row (test) and a right row (training).
 
-Calculators, stores and plans see only this: `len`, slices, named arrays to store, and `dot`.
+Calculators, stores and plans see only this: `len`, named arrays to store, and dot products.
 """
 
 from __future__ import annotations
