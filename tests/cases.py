@@ -98,6 +98,11 @@ def _mlp_regression():
     return model, nn.MSELoss(), lambda n: (_floats(n, 4), _floats(n, 2))
 
 
+def _bernoulli():
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+    return model, nn.BCEWithLogitsLoss(), lambda n: (_floats(n, 4), (_floats(n, 2) > 0).double())
+
+
 def _cnn():
     model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(8, 3))
     return model, F.cross_entropy, lambda n: (_floats(n, 1, 4, 4), _classes(n))
@@ -122,6 +127,7 @@ CASES = {
     "logistic": _logistic,
     "mlp": _mlp,
     "mlp_regression": _mlp_regression,
+    "bernoulli": _bernoulli,
     "cnn": _cnn,
     "nested": lambda: (Nested(), *_logistic()[1:]),
     "tied": lambda: (Tied(), *_logistic()[1:]),

@@ -85,6 +85,19 @@ def gauss_newton(model, loss, x, y, names=None):
     return total / n_samples(x)
 
 
+def fisher(model, loss, x, labels, names=None, factor=1.0):
+    """(P, P): the mean outer product of gradients at given labels: of the data (empirical), or drawn from the model."""
+    rows = gradients(model, loss, x, labels, names)
+    return factor * rows.T @ rows / len(rows)
+
+
+def harmonic(model, loss, x, y, regularization, names=None):
+    """(P, P): the mean of the inverses of damped rank-one terms."""
+    rows = gradients(model, loss, x, y, names)
+    eye = regularization * np.eye(rows.shape[1])
+    return sum(np.linalg.inv(np.outer(g, g) + eye) for g in rows) / len(rows)
+
+
 def influences(matrix, regularization, left, right):
     """(n_left, n_right): build, invert, multiply."""
     return left @ np.linalg.inv(matrix + regularization * np.eye(len(matrix))) @ right.T

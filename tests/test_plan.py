@@ -20,8 +20,13 @@ works = st.builds(
     Work,
     n_test=st.integers(1, 10_000),
     n_train=st.integers(0, 10_000_000),
-    row_bytes=st.integers(4, 40_000_000),
+    arrays=st.sampled_from(
+        [{"values": 50_000}, {"values": 5_000_000}, {"coordinates": 20}, {"coordinates": 20, "identity": 50_000}]
+    ),
     itemsize=st.sampled_from([4, 8]),
+    n_parameters=st.integers(1, 5_000_000),
+    solves=st.booleans(),
+    vectors=st.sampled_from([0, 64]),
     features=st.sampled_from([(), (3,), (3, 32, 32)]),
     directions=st.sampled_from([0, 16]),
     self_influences=st.booleans(),
@@ -64,14 +69,16 @@ def test_more_memory_never_means_smaller_tasks(work, a, b):
 
 def test_ten_million_training_samples():
     start = time.perf_counter()
-    plan = make_plan(Work(n_test=10_000, n_train=10_000_000, row_bytes=400_000, itemsize=4), 4 << 30)
+    plan = make_plan(
+        Work(n_test=10_000, n_train=10_000_000, arrays={"values": 100_000}, itemsize=4, n_parameters=100_000), 4 << 30
+    )
     assert sum(stage.n_tasks for stage in plan.stages) < 100_000
     assert plan.peak <= 4 << 30
     assert time.perf_counter() - start < 1  # a requirement on the planner, not a timing of this machine
 
 
 def test_given_chunks_are_kept_or_refused():
-    work = Work(n_test=1000, n_train=100_000, row_bytes=1_000_000, itemsize=4)
+    work = Work(n_test=1000, n_train=100_000, arrays={"values": 250_000}, itemsize=4, n_parameters=250_000)
     plan = make_plan(work, 8 << 30, test_chunk=10, train_chunk=20)
     assert (plan.test_chunk, plan.train_chunk) == (10, 20)
     with pytest.raises(PlanError, match=r"of it for gradients of a chunk.*leave train_chunk=50000 to the plan"):
@@ -81,7 +88,9 @@ def test_given_chunks_are_kept_or_refused():
 
 
 def test_the_plan_explains_itself():
-    work = Work(n_test=500, n_train=4500, row_bytes=203_560, itemsize=4, self_influences=True)
+    work = Work(
+        n_test=500, n_train=4500, arrays={"values": 50_890}, itemsize=4, n_parameters=50_890, self_influences=True
+    )
     text = str(make_plan(work, 1 << 30))
     for words in (
         "500 test x 4,500 training",

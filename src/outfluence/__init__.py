@@ -12,36 +12,64 @@ from typing import TYPE_CHECKING, Any
 __version__ = importlib.metadata.version("outfluence")
 
 _HOME = {
+    "ArnoldiInfluence": "influence",
     "BlockMode": "modes",
+    "CgInfluence": "influence",
     "DaskInfluenceCalculator": "calculators",
     "Data": "data",
     "DirectInfluence": "influence",
     "EkfacInfluence": "influence",
+    "EkfacPreconditioner": "preconditioners",
     "FisherMode": "modes",
     "InfluenceMode": "modes",
+    "InverseHarmonicMeanInfluence": "influence",
+    "InverseHvpResult": "functional",
+    "JacobiPreconditioner": "preconditioners",
+    "LissaInfluence": "influence",
+    "NystroemPreconditioner": "preconditioners",
+    "NystroemSketchInfluence": "influence",
     "Plan": "plan",
     "Problem": "problem",
     "SecondOrderMode": "modes",
     "SequentialInfluenceCalculator": "calculators",
     "Store": "store",
+    "TorchTwiceDifferentiable": "functional",
+    "compute_influence_factors": "functional",
+    "compute_influences": "functional",
+    "compute_linear_influences": "functional",
     "open_influences": "analysis",
+    "solve_hvp": "functional",
     "top_k": "analysis",
 }
 
 __all__ = [
+    "ArnoldiInfluence",
     "BlockMode",
+    "CgInfluence",
     "DaskInfluenceCalculator",
     "Data",
     "DirectInfluence",
     "EkfacInfluence",
+    "EkfacPreconditioner",
     "FisherMode",
     "InfluenceMode",
+    "InverseHarmonicMeanInfluence",
+    "InverseHvpResult",
+    "JacobiPreconditioner",
+    "LissaInfluence",
+    "NystroemPreconditioner",
+    "NystroemSketchInfluence",
     "Plan",
     "Problem",
     "SecondOrderMode",
     "SequentialInfluenceCalculator",
     "Store",
+    "TorchTwiceDifferentiable",
+    "compute_influence_factors",
+    "compute_influences",
+    "compute_linear_influences",
     "open_influences",
+    "solve_hvp",
     "top_k",
 ]
 
@@ -49,9 +77,26 @@ if TYPE_CHECKING:
     from outfluence.analysis import open_influences, top_k
     from outfluence.calculators import DaskInfluenceCalculator, SequentialInfluenceCalculator
     from outfluence.data import Data
-    from outfluence.influence import DirectInfluence, EkfacInfluence
+    from outfluence.functional import (
+        InverseHvpResult,
+        TorchTwiceDifferentiable,
+        compute_influence_factors,
+        compute_influences,
+        compute_linear_influences,
+        solve_hvp,
+    )
+    from outfluence.influence import (
+        ArnoldiInfluence,
+        CgInfluence,
+        DirectInfluence,
+        EkfacInfluence,
+        InverseHarmonicMeanInfluence,
+        LissaInfluence,
+        NystroemSketchInfluence,
+    )
     from outfluence.modes import BlockMode, FisherMode, InfluenceMode, SecondOrderMode
     from outfluence.plan import Plan
+    from outfluence.preconditioners import EkfacPreconditioner, JacobiPreconditioner, NystroemPreconditioner
     from outfluence.problem import Problem
     from outfluence.store import Store
 

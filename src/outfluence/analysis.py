@@ -23,7 +23,8 @@ def open_influences(path: str | os.PathLike[str]) -> xr.Dataset:
 
     Returns:
         As far as the store has them: ``scores (test, train, ...)``, ``self_influences (train,)``,
-        ``factors (test, parameter)``.
+        ``factors (test, parameter)``; of low-rank methods ``factor_coordinates (test, coordinate)`` and
+        ``factor_identity (test, parameter)`` instead.
 
     Raises:
         StoreError: if there is no store.
@@ -34,7 +35,8 @@ def open_influences(path: str | os.PathLike[str]) -> xr.Dataset:
     store = Store(path)
     dataset: xr.Dataset = xr.open_zarr(store.path)
     if "factors" in store.group:
-        dataset["factors"] = xr.open_zarr(store.path, group="factors")["values"]
+        for name, array in xr.open_zarr(store.path, group="factors").data_vars.items():
+            dataset["factors" if name == "values" else f"factor_{name}"] = array
     if not store.is_complete:
         done = ", ".join(f"{n} of {total} tasks of {stage!r}" for stage, (n, total) in store.progress().items())
         warnings.warn(

@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import tempfile
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -29,8 +30,17 @@ from distributed import Client
 from tqdm.auto import tqdm
 
 from outfluence.analysis import open_influences
-from outfluence.data import Data, DataLike, tree_leaves
-from outfluence.errors import ClusterError, DataError, PlanError, ProblemError, RunError, StoreError, StoreMismatchError
+from outfluence.data import Data, DataLike
+from outfluence.errors import (
+    ClusterError,
+    ConvergenceWarning,
+    DataError,
+    PlanError,
+    ProblemError,
+    RunError,
+    StoreError,
+    StoreMismatchError,
+)
 from outfluence.executors import (
     DaskExecutor,
     Executor,
@@ -50,6 +60,7 @@ from outfluence.tasks import (
     Job,
     forget,
     length,
+    read_all_factors,
     remote_task,
     resident_bytes,
     run_task,
@@ -58,6 +69,14 @@ from outfluence.tasks import (
 
 #: Columns of a chunk of the stored factors: bounds the size of its files.
 _FACTOR_COLUMNS = 1 << 16
+
+
+#: The arrays of rows: what they are, and what their second axis counts.
+_ROWS = {
+    "values": ("influence factors g^T (H + lambda 1)^-1", "parameter"),
+    "coordinates": ("coordinates of influence factors in the basis of the method", "coordinate"),
+    "identity": ("the identity's part of influence factors", "parameter"),
+}
 
 
 class InfluenceCalculator(ABC):
@@ -266,12 +285,15 @@ class LazyInfluences:
             progress: show bars.
 
         Returns:
-            The scores; the factors or the self-influences if only these were asked for.
+            The scores; the factors ``(n_test, P)`` or the self-influences if only these were asked for.
         """
         # Through a store in the temporary folder: one way to compute, one to test.
         folder = tempfile.mkdtemp(prefix="outfluence-")
         try:
-            dataset = self.to_zarr(Path(folder) / "result.zarr", progress=progress)
+            path = Path(folder) / "result.zarr"
+            dataset = self.to_zarr(path, progress=progress)
+            if self._job.train is None:
+                return read_all_factors(replace(self._job, plan=self.plan), Store(path))
             return np.asarray(dataset[self._job.results[-1]].values)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -288,7 +310,8 @@ class LazyInfluences:
 
         Returns:
             ``scores (test, train, ...)``, ``self_influences (train,)`` and ``factors (test, parameter)``, as far as
-            they were asked for, chunk by chunk from disk when used.
+            they were asked for, chunk by chunk from disk when used. Low-rank methods store their coordinates instead
+            of factors; see `open_influences`.
 
         Raises:
             StoreMismatchError: if the store there was made by something else; it says what differs.
@@ -317,6 +340,8 @@ class LazyInfluences:
             shutil.rmtree(replaced)
         if not store.is_complete:
             model = _begun_with(store, job.model)
+            if model.inverse.data is not None:  # passes in batches that the plan has counted
+                model = model.reading(model.inverse.data.in_batches(plan.batch_size))
             with self._make_executor() as executor:
                 _run(
                     replace(job, model=model, plan=plan, store=store.path, store_id=store.id), executor, store, progress
@@ -360,7 +385,8 @@ def _run(job: Job, executor: Executor, store: Store, progress: bool) -> None:
         for stage in job.plan.stages:
             done = store.done(stage.name)
             todo = [task for task in range(stage.n_tasks) if task not in done]
-            failures = []
+            failures: list[tuple[str, BaseException]] = []
+            doubts: list[str] = []
             with tqdm(
                 total=stage.n_samples,
                 desc=stage.name,
@@ -373,7 +399,15 @@ def _run(job: Job, executor: Executor, store: Store, progress: bool) -> None:
                         failures.append(
                             (f"{stage.name} of samples {_text(stage.samples(outcome.task))}", outcome.error)
                         )
+                    else:
+                        doubts += (outcome.receipt or {}).get("warnings", [])
                     bar.update(length(stage.samples(outcome.task)))
+            if doubts:
+                warnings.warn(
+                    f"{len(doubts)} warning(s) from tasks of {stage.name!r}, the first: {doubts[0]}",
+                    ConvergenceWarning,
+                    stacklevel=3,
+                )
             missing = set(range(stage.n_tasks)) - store.done(stage.name)
             if failures or missing:
                 _raise_failures(failures, len(missing), stage.name, store)
@@ -389,8 +423,11 @@ def _ship(job: Job, store: Store) -> Path:
     if job.model.problem.device.type != "cpu":
         raise ClusterError("workers load the model on their CPU: call model.to('cpu') first")
     stored: dict[str, Any] = {
-        role: data.stored(partial(store.put_input, data.fingerprint)) for role, data in job.data.items()
+        role: data.stored(partial(store.put_input, data.fingerprint)) for role, data in job.inputs.items()
     }
+    fit = stored.pop("fit", None)
+    if fit is not None:
+        stored["model"] = job.model.reading(fit)
     return store.put_file("recipe.pkl", cloudpickle.dumps(replace(job, **stored)))
 
 
@@ -432,7 +469,7 @@ def _move_aside(store: Store, job: Job, identity: Mapping[str, Any]) -> Path:
     """Free the path of a store that is to be replaced, unless it holds what the new one is made from."""
     aside = store.move_aside()
     try:
-        unchanged = all(identity[f"{role}_data"] == data.content_now() for role, data in job.data.items())
+        unchanged = all(identity[f"{role}_data"] == data.content_now() for role, data in job.inputs.items())
     except Exception:  # it cannot even be read any more
         unchanged = False
     if not unchanged:
@@ -449,11 +486,12 @@ def _specs(plan: Plan) -> list[ArraySpec]:
     specs: list[ArraySpec] = []
     shape: tuple[int, ...]
     chunks: tuple[int, ...]
+    dims: tuple[str, ...]
     if work.n_test:
-        columns = work.row_bytes // work.itemsize
-        about = {"long_name": "influence factors g^T (H + lambda 1)^-1", "axes": "test sample, model parameter"}
-        shape, chunks = (work.n_test, columns), (plan.test_chunk, min(columns, _FACTOR_COLUMNS))
-        specs.append(ArraySpec(FACTORS, shape, chunks, dtype, ("test", "parameter"), about))
+        for name, columns in work.arrays.items():
+            shape, chunks = (work.n_test, columns), (plan.test_chunk, max(1, min(columns, _FACTOR_COLUMNS)))
+            about, dims = {"long_name": _ROWS[name][0]}, ("test", _ROWS[name][1])
+            specs.append(ArraySpec(f"{FACTORS}/{name}", shape, chunks, dtype, dims, about))
     if work.n_test and work.n_train:
         about = {"long_name": "influence of a training sample on a test sample; positive: it helps"}
         shape = (work.n_test, work.n_train, *work.features)
@@ -482,18 +520,28 @@ def _about(identity: dict[str, Any], plan: Plan) -> dict[str, Any]:
 
 
 def _factor_data(factors: Any, model: InfluenceModel) -> Data:
+    """Factors as data whose x is the values, or a dict of the arrays of another kind of rows."""
+    wanted = model.empty_rows().arrays
     if isinstance(factors, xr.Dataset):
-        if "factors" not in factors:
-            raise DataError(f"the dataset holds no factors, only {list(factors.data_vars)}")
-        factors = factors["factors"]
+        names = {f"factor_{name}": name for name in wanted}
+        if "factors" in factors:
+            factors = factors["factors"]
+        elif names.keys() <= set(factors.data_vars):
+            factors = {name: factors[variable].data for variable, name in names.items()}
+        else:
+            raise DataError(f"the dataset holds no factors of {type(model).__name__}, only {list(factors.data_vars)}")
     if isinstance(factors, xr.DataArray):
         factors = factors.data
     data = Data.from_arrays(factors)
-    (width,) = (tuple(leaf.shape[1:]) for leaf in tree_leaves(data.rows(slice(0, 1)).x))
-    if width != (model.n_parameters,):
+    x = data.rows(slice(0, 1)).x
+    widths = {name: tuple(array.shape[1:]) for name, array in (x if isinstance(x, dict) else {"factors": x}).items()}
+    expected = {name: tuple(a.shape[1:]) for name, a in wanted.items()} if isinstance(x, dict) else {}
+    if widths != (expected or {"factors": (model.n_parameters,)}):
+        shape = ", ".join(map(str, widths.get("factors", ())))
         raise DataError(
-            f"factors must be (n_test, {model.n_parameters}), one column for each parameter; got (n_test, "
-            f"{', '.join(map(str, width))})"
+            f"factors must be (n_test, {model.n_parameters}), one column for each parameter; got (n_test, {shape})"
+            if "factors" in widths
+            else f"the factors are of another method or rank: their widths are {widths}, the model's {expected}"
         )
     return data
 

@@ -5,8 +5,9 @@ The loop over data, weighted by samples, is written once; a matrix is the few li
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -14,27 +15,32 @@ from torch import Tensor
 from torch.func import grad, vjp, vmap
 from torch.utils import _pytree
 
-from outfluence.data import Batch, Data
+from outfluence.data import Batch, Data, Tree
 from outfluence.errors import NonFiniteError
 from outfluence.layers import sum_of_losses
+from outfluence.likelihood import Likelihood, find_likelihood, the_tensor, uniform_draws
 from outfluence.modes import SecondOrderMode
 from outfluence.problem import Problem
 from outfluence.rows import check_finite
 
 #: Samples at a time where the data has no opinion, and vectors at a time. Their product bounds the memory of a product.
 BATCH_SIZE = 256
-_VECTORS = 64
+VECTORS = 64
 
 #: Tensors by parameter name.
 Vector = dict[str, Tensor]
+#: The sum over a batch times vectors: ``(k, P)`` to ``(k, P)``.
+Product = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Curvature:
-    """The mean over samples of the Hessian, or of the Gauss-Newton matrix, of one block of parameters.
+    """The mean over samples of a second-order matrix of one block of parameters.
 
     Hessian: second derivatives of the loss. Gauss-Newton: ``J^T H_L J`` with J the Jacobian of the model's output and
     H_L the Hessian of the loss with respect to the output (Schraudolph 2002), positive semi-definite for convex losses.
+    Fisher: ``g g^T`` at labels drawn from the model, whose expectation is the Gauss-Newton matrix for the losses of
+    `likelihood`. Empirical Fisher: ``g g^T`` at the labels of the data, which is neither (Kunstner et al. 2019).
 
     Args:
         problem: model and loss.
@@ -48,47 +54,101 @@ class Curvature:
     block: str
     mode: SecondOrderMode = SecondOrderMode.HESSIAN
 
+    @cached_property
+    def likelihood(self) -> Likelihood:
+        """The distribution of labels that the loss stands for; see `find_likelihood`."""
+        return find_likelihood(self.problem, self.data.rows(slice(0, 1)))
+
+    @property
+    def size(self) -> int:
+        """P, the number of rows and of columns."""
+        section = self.problem.sections[self.block]
+        return int(section.stop - section.start)
+
+    @property
+    def batch_size(self) -> int:
+        """Samples at a time."""
+        return self.data.batch_size or BATCH_SIZE
+
     def matmat(self, vectors: Tensor) -> Tensor:
         """The matrix times vectors: ``(P, k)`` to ``(P, k)``, in one pass over the data."""
-        names = self.problem.blocks[self.block]
-        rows = vectors.T.contiguous()
-        total = torch.zeros_like(rows)
-        size, first = self.data.batch_size or BATCH_SIZE, 0
-        for batch in self.data.batches(size):
-            multiply = self._product(names, batch)
-            for start in range(0, len(rows), _VECTORS):
-                part = slice(start, start + _VECTORS)
-                total[part] += self.problem.flatten(vmap(multiply)(self.problem.unflatten(rows[part], names)), names)
-            if not total.isfinite().all():
-                self._blame(slice(first, first + size))
-            first += size
-        return total.T / len(self.data)
+        return self._multiply(self.batches(), vectors)
+
+    def precomputed(self) -> Callable[[Tensor], Tensor]:
+        """Like `matmat`, for many calls: what does not depend on the vectors is kept, for all of the data."""
+        return partial(self._multiply, list(self.batches()))
+
+    def batches(self) -> Iterator[tuple[slice, Product]]:
+        """The samples of each batch, and the product of their sum."""
+        size = self.batch_size
+        for i, batch in enumerate(self.data.batches(size)):
+            yield slice(i * size, i * size + size), self.product(batch, i * size)
+
+    def product(self, batch: Batch, start: int) -> Product:
+        """The sum over the samples of a batch, the first of which has index ``start``, times vectors."""
+        problem, names = self.problem, self.problem.blocks[self.block]
+        batch = Batch(*map(problem.on_device, batch))
+        match self.mode:
+            case SecondOrderMode.HESSIAN:
+                multiply = _hessian(problem, names, batch)
+            case SecondOrderMode.GAUSS_NEWTON:
+                multiply = _gauss_newton(problem, names, batch)
+            case SecondOrderMode.FISHER:
+                multiply = _fisher(problem, names, batch, start, self.likelihood)
+            case SecondOrderMode.EMPIRICAL_FISHER:
+                multiply = _outer(problem.block_gradients(*batch, names), start, "gradients")
+
+        def in_parts(rows: Tensor) -> Tensor:
+            if len(rows) == 0:
+                return rows
+            return torch.cat([multiply(part) for part in torch.split(rows, VECTORS)])
+
+        return in_parts
 
     def dense(self) -> Tensor:
         """The matrix, ``(P, P)``, symmetric."""
-        section = self.problem.sections[self.block]
-        eye = torch.eye(section.stop - section.start, dtype=self.problem.dtype, device=self.problem.device)
-        matrix = self.matmat(eye)
+        matrix = self.matmat(torch.eye(self.size, dtype=self.problem.dtype, device=self.problem.device))
         return (matrix + matrix.T) / 2
 
-    def _product(self, names: tuple[str, ...], batch: Batch) -> Callable[[Vector], Vector]:
-        product = {SecondOrderMode.HESSIAN: _hessian, SecondOrderMode.GAUSS_NEWTON: _gauss_newton}[self.mode]
-        return product(self.problem, names, Batch(*map(self.problem.on_device, batch)))
+    def _multiply(self, batches: Any, vectors: Tensor) -> Tensor:
+        rows = vectors.T.contiguous()
+        total = torch.zeros_like(rows)
+        for samples, product in batches:
+            total += product(rows)
+            if not total.isfinite().all():
+                self._blame(samples)
+        return total.T / len(self.data)
 
     def _blame(self, samples: slice) -> None:
-        """Name the samples of a batch whose curvature is not finite, one by one: the fit has failed anyway."""
-        names = self.problem.blocks[self.block]
-        ones = {name: torch.ones_like(p) for name, p in self.problem.parameters.items() if name in names}
-        products = []
+        """Name the samples of a batch whose curvature is not finite, one by one: the solve has failed anyway."""
+        ones = torch.ones(1, self.size, dtype=self.problem.dtype, device=self.problem.device)
         start, stop, _ = samples.indices(len(self.data))
-        for i in range(start, stop):
-            product = self._product(names, self.data.rows(slice(i, i + 1)))(ones)
-            products.append(self.problem.flatten({name: p.unsqueeze(0) for name, p in product.items()}, names))
+        products = [self.product(self.data.rows(slice(i, i + 1)), i)(ones) for i in range(start, stop)]
         check_finite(torch.cat(products), f"second derivatives ({self.mode})", "training", start)
         raise NonFiniteError(f"the {self.mode} of block {self.block!r} overflows {self.problem.dtype}", ())
 
 
-def _hessian(problem: Problem, names: tuple[str, ...], batch: Batch) -> Callable[[Vector], Vector]:
+def pseudo_problem(problem: Problem) -> Problem:
+    """The problem whose gradients at "labels" s, one for each output, are ``J^T s``."""
+    return replace(problem, loss=_inner, block_structure=problem.blocks)
+
+
+def draws(seed: int, start: int, z: Tensor, likelihood: Likelihood) -> Tensor:
+    """Random numbers for the labels of the samples from ``start`` on, whose outputs are z; see `uniform_draws`."""
+    numbers = uniform_draws(seed, start, start + len(z), likelihood.n_draws(z))
+    return torch.from_numpy(numbers).to(z.device)
+
+
+def _inner(output: Any, s: Tree) -> Tensor:
+    total: Tensor = (the_tensor(output) * s).sum()
+    return total
+
+
+def _on_rows(problem: Problem, names: tuple[str, ...], product: Callable[[Vector], Vector]) -> Product:
+    return lambda rows: problem.flatten(vmap(product)(problem.unflatten(rows, names)), names)
+
+
+def _hessian(problem: Problem, names: tuple[str, ...], batch: Batch) -> Product:
     parameters = problem.parameters
 
     def total(block: Vector) -> Tensor:
@@ -96,10 +156,10 @@ def _hessian(problem: Problem, names: tuple[str, ...], batch: Batch) -> Callable
 
     # One backward pass is built; each vector then costs one more, backward through it.
     pull = vjp(grad(total), {name: parameters[name] for name in names})[1]
-    return lambda vector: pull(vector)[0]
+    return _on_rows(problem, names, lambda vector: pull(vector)[0])
 
 
-def _gauss_newton(problem: Problem, names: tuple[str, ...], batch: Batch) -> Callable[[Vector], Vector]:
+def _gauss_newton(problem: Problem, names: tuple[str, ...], batch: Batch) -> Product:
     parameters = problem.parameters
 
     def output(block: Vector) -> Any:
@@ -112,4 +172,15 @@ def _gauss_newton(problem: Problem, names: tuple[str, ...], batch: Batch) -> Cal
     # J v by transposing u -> J^T u, which needs no forward-mode derivative of the model.
     push = vjp(lambda u: pull(u)[0], _pytree.tree_map(torch.zeros_like, z))[1]
     second = vjp(grad(loss), z)[1]
-    return lambda vector: pull(second(push(vector)[0])[0])[0]
+    return _on_rows(problem, names, lambda vector: pull(second(push(vector)[0])[0])[0])
+
+
+def _fisher(problem: Problem, names: tuple[str, ...], batch: Batch, start: int, likelihood: Likelihood) -> Product:
+    z = the_tensor(problem.output(problem.parameters, batch.x)).detach()
+    s = likelihood.sampled(z, draws(0, start, z, likelihood))
+    return _outer(pseudo_problem(problem).block_gradients(batch.x, s, names), start, "gradients at drawn labels")
+
+
+def _outer(gradients: Tensor, start: int, what: str) -> Product:
+    check_finite(gradients, what, "training", start)
+    return lambda rows: (rows @ gradients.T) @ gradients

@@ -7,13 +7,16 @@ pickles as a recipe: what lives only in memory must be stored first (`Data.store
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import mmap
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import cloudpickle
@@ -43,10 +46,10 @@ class Batch(NamedTuple):
 
 
 class _Source(Protocol):
-    """Where rows come from. Pickles small if ``portable``; the user may change its numbers in place if ``mutable``."""
+    """Where rows come from. Pickles small if it ``travels``; the user may change it in place if it is ``mutable``."""
 
     @property
-    def portable(self) -> bool: ...
+    def travels(self) -> bool: ...
     @property
     def mutable(self) -> bool: ...
     def __len__(self) -> int: ...
@@ -206,7 +209,7 @@ class Data:
     @property
     def portable(self) -> bool:
         """Whether this handle can be re-opened elsewhere: it holds no data, only where the data is."""
-        return self._source.portable
+        return self._source.travels and not self._source.mutable
 
     def stored(self, write: Callable[[str, int, Iterator[np.ndarray]], Any]) -> Data:
         """A portable handle on the same samples, written out once.
@@ -239,13 +242,50 @@ class Data:
         size = sum(t.nbytes for t in tree_leaves(first.x) + tree_leaves(first.y))
         return int(max(1, min(_READ_BYTES // max(size, 1), 65536)))
 
+    def in_batches(self, size: int) -> Data:
+        """This handle with another opinion on how many samples fit through the model at once."""
+        other = copy.copy(self)
+        other.batch_size = size
+        return other
+
+    def saved(self, folder: str | os.PathLike[str]) -> Data:
+        """A handle on the same samples that pickles: on ``.npy`` files, which are written unless it pickles already.
+
+        Args:
+            folder: where to; made if it is not there. Whoever loads the handle must see the same path.
+
+        Raises:
+            DataError: if there are such files already.
+        """
+        path = Path(folder).absolute()
+
+        def write(name: str, n: int, blocks: Iterator[np.ndarray]) -> np.ndarray:
+            path.mkdir(parents=True, exist_ok=True)
+            file, array, start = path / f"{name}.npy", None, 0
+            if file.exists():
+                raise DataError(f"{file} is there already: choose another folder")
+            for block in blocks:
+                if array is None:
+                    array = np.lib.format.open_memmap(file, "w+", block.dtype, (n, *block.shape[1:]))
+                array[start : start + len(block)] = block
+                start += len(block)
+            assert array is not None
+            array.flush()
+            return np.load(file, mmap_mode="r")  # type: ignore[no-any-return]
+
+        return self.stored(write)
+
     def __getstate__(self) -> dict[str, Any]:
-        if not self.portable:
+        # Little data travels along, as it is now; it is smaller than most models.
+        if not self._source.travels:
             raise DataError(
-                "this Data lives in memory and pickles only as a recipe. Keep it in a file (numpy.memmap, zarr) and "
-                "pass that, or let a calculator store it."
+                "this Data lives in memory and pickles only as a recipe. Give fit() what lives in files: "
+                "Data.of(...).saved(folder), a numpy.memmap, a zarr array; or let a calculator store it."
             )
         return self.__dict__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Data:
+        return self  # a handle; there is nothing to change in it
 
 
 @dataclass(frozen=True)
@@ -267,10 +307,10 @@ class _Arrays:
         return int(tree_leaves(self.x)[0].shape[0])
 
     @property
-    def portable(self) -> bool:
+    def travels(self) -> bool:
         leaves = tree_leaves(self.x) + tree_leaves(self.y)
         on_cluster = any(isinstance(a, _DaskArray) and a.on_cluster for a in leaves)
-        return not self.mutable and not on_cluster and _pickles_small(leaves)
+        return not on_cluster and _pickles_small(leaves)
 
     @property
     def mutable(self) -> bool:
@@ -296,7 +336,7 @@ class _Samples:
         return self.length
 
     @property
-    def portable(self) -> bool:
+    def travels(self) -> bool:
         return _pickles_small((self.dataset, self.collate))
 
     def read(self, start: int, stop: int) -> Batch:

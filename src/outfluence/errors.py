@@ -44,6 +44,14 @@ class NonFiniteError(OutfluenceError, ValueError):
         return str(self.args[0])
 
 
+class ConvergenceError(OutfluenceError, RuntimeError):
+    """An iteration diverged, or found nothing."""
+
+
+class ConvergenceWarning(UserWarning):
+    """An iteration stopped before it reached its tolerance; the message names the residual."""
+
+
 class PlanError(OutfluenceError, ValueError):
     """The work does not fit into the memory it was promised."""
 

@@ -23,11 +23,15 @@ from torch import Tensor, nn
 from outfluence.data import Batch, Data, DataLike, Tree, tree_leaves, tree_map
 from outfluence.errors import DataError, NotFittedError, OutfluenceError, ProblemError
 from outfluence.modes import BlockMode, FisherMode, InfluenceMode, SecondOrderMode
+from outfluence.preconditioners import Preconditioner
 from outfluence.problem import Loss, Problem
-from outfluence.rows import DenseRows, check_finite
+from outfluence.rows import DenseRows, Rows, check_finite
 from outfluence.solvers import Inverse, Regularization, Solver, per_block
 from outfluence.solvers.direct import DirectSolver
+from outfluence.solvers.harmonic import HarmonicSolver
+from outfluence.solvers.iterative import CgSolver, LissaSolver
 from outfluence.solvers.kronecker import KroneckerSolver
+from outfluence.solvers.lowrank import ArnoldiSolver, NystroemSolver
 
 Blocks = Mapping[str, Iterable[str]]
 
@@ -35,8 +39,9 @@ Blocks = Mapping[str, Iterable[str]]
 class InfluenceModel:
     """Influence of training samples, for batches in memory. Users make one of the named models below.
 
-    A fitted model pickles, copies and saves: it holds the model and the inverse, and no data. Inputs ``x`` are a
-    tensor, or a tuple or dict of tensors, first axis samples. P is the number of trainable parameters.
+    A fitted model pickles, copies and saves: it holds the model and the inverse, and no data; at most a handle on them,
+    where the method reads the data again (`CgInfluence`, `LissaInfluence`, `InverseHarmonicMeanInfluence`). Inputs
+    ``x`` are a tensor, or a tuple or dict of tensors, first axis samples. P is the number of trainable parameters.
 
     Args:
         problem: model, loss and blocks.
@@ -117,7 +122,8 @@ class InfluenceModel:
         """
         self.problem = self.problem.to(device)
         if self._inverse is not None:
-            self._inverse = self._inverse.with_tensors({k: t.to(device) for k, t in self._inverse.tensors.items()})
+            moved = self._inverse.with_tensors({k: t.to(device) for k, t in self._inverse.tensors.items()})
+            self._inverse = moved.reading(self.problem, moved.data) if moved.data is not None else moved
         return self
 
     def with_regularization(self, regularization: float | Mapping[str, float]) -> Self:
@@ -151,11 +157,11 @@ class InfluenceModel:
         Raises:
             NonFiniteError: with the index of the sample.
         """
-        return self.left_rows(x, y).values
+        return self.dense(self.left_rows(x, y)).values
 
     def influence_factors_by_block(self, x: Tree, y: Tree) -> dict[str, Tensor]:
         """Influence factors of each block, in order: ``(n, P_block)``."""
-        return self.left_rows(x, y).by_block()
+        return self.dense(self.left_rows(x, y)).by_block()
 
     def influences(
         self,
@@ -196,7 +202,7 @@ class InfluenceModel:
         self, factors: Tensor, x: Tree, y: Tree, mode: InfluenceMode | str = InfluenceMode.Up
     ) -> Tensor:
         """Influences from factors ``(n_test, P)`` computed before."""
-        return self._influences(self._as_rows(factors), x, y, mode)
+        return self._influences(self.as_rows(factors), x, y, mode)
 
     def influences_from_factors_by_block(
         self, factors: Mapping[str, Tensor], x: Tree, y: Tree, mode: InfluenceMode | str = InfluenceMode.Up
@@ -204,7 +210,7 @@ class InfluenceModel:
         """Influences of each block, from the factors of each block ``(n_test, P_block)``."""
         if list(factors) != list(self.problem.blocks):
             raise DataError(f"factors are of blocks {list(factors)}, the model's are {list(self.problem.blocks)}")
-        rows = self._as_rows(torch.cat([torch.as_tensor(f) for f in factors.values()], dim=1))
+        rows = self.as_rows(torch.cat([torch.as_tensor(f) for f in factors.values()], dim=1))
         return self._influences_by_block(rows, x, y, mode)
 
     def self_influences(self, x: Tree, y: Tree) -> Tensor:
@@ -232,20 +238,59 @@ class InfluenceModel:
         check_finite(rows.values, "gradients", samples, start)
         return rows
 
-    def left_rows(self, x: Tree, y: Tree, samples: str = "test", start: int = 0) -> DenseRows:
-        """Left rows of samples; see `gradient_rows`."""
-        inverse = self.inverse
-        rows = inverse.left(self.gradient_rows(x, y, samples, start))
-        check_finite(rows.values, "influence factors", samples, start)
+    def left_rows(self, x: Tree, y: Tree, samples: str = "test", start: int = 0) -> Rows:
+        """Left rows of samples; see `gradient_rows`.
+
+        Warns:
+            ConvergenceWarning: if an iteration stopped before its tolerance.
+        """
+        return self.encode(self.gradient_rows(x, y, samples, start), samples, start)
+
+    def encode(self, gradients: DenseRows, samples: str = "test", start: int = 0) -> Rows:
+        """Left rows of samples, from their gradients; see `gradient_rows`."""
+        rows: Rows = self.inverse.left(gradients)
+        for array in rows.arrays.values():
+            check_finite(array, "influence factors", samples, start)
         return rows
 
-    def right_rows(self, gradients: DenseRows) -> DenseRows:
-        """Right rows of samples, from their gradients."""
-        return self.inverse.right(gradients)
+    def right_rows(self, gradients: DenseRows, left: Rows | None = None) -> Rows:
+        """Right rows of samples, from their gradients: for left rows of `left_rows`, or for those of `as_rows`."""
+        rows: Rows = gradients if isinstance(left, DenseRows) else self.inverse.right(gradients)
+        return rows
 
-    def perturbations(self, left: DenseRows, x: Tree, y: Tree) -> Tensor:
+    def dense(self, left: Rows) -> DenseRows:
+        """Left rows as influence factors, ``(n, P)``."""
+        return left if isinstance(left, DenseRows) else self.inverse.dense(left)
+
+    def perturbations(self, left: Rows, x: Tree, y: Tree) -> Tensor:
         """Scores in perturbation mode, ``(n_left, n, *features)``."""
-        return self.problem.mixed_derivatives(left.values, *_tensors((x, y)))
+        return self.problem.mixed_derivatives(self.dense(left).values, *_tensors((x, y)))
+
+    def empty_rows(self, dense: bool = False) -> Rows:
+        """Left rows of no samples: what arrays there are, of which shapes; as influence factors if ``dense``."""
+        none = self.as_rows(torch.zeros(0, self.n_parameters))
+        rows: Rows = none if dense else self.inverse.left(none)
+        return rows
+
+    def as_rows(self, factors: Tensor) -> DenseRows:
+        """Influence factors ``(n, P)`` as left rows.
+
+        Raises:
+            DataError: if they have another shape.
+        """
+        factors = torch.as_tensor(factors, dtype=self.problem.dtype, device=self.problem.device)
+        if factors.ndim != 2 or factors.shape[1] != self.n_parameters:
+            raise DataError(
+                f"factors must be (n_test, {self.n_parameters}), one column for each parameter; got "
+                f"{tuple(factors.shape)}"
+            )
+        return DenseRows(factors, self.problem.sections)
+
+    def reading(self, data: Data) -> Self:
+        """This model with another handle on the data of the fit; the same, if it reads none."""
+        if self.inverse.data is None:
+            return self
+        return self.with_inverse(self.inverse.reading(self.problem, data))
 
     def identity(self) -> dict[str, Any]:
         """What the scores depend on besides test and training data: method, options, weights, data of the fit."""
@@ -268,6 +313,12 @@ class InfluenceModel:
         _ = self.inverse
         self._versions = []  # look again, whatever the counters of the parameters say
         self._check_unchanged()
+        source = self.inverse.data
+        if source is not None and source.fingerprint != self._fitted_on["fit_data"]:
+            raise ProblemError(
+                f"the data that {type(self).__name__} was fitted on have changed since, and it reads them again: "
+                "fit again"
+            )
         self.problem.check(_first(data), whose)
 
     def assume_unchanged(self) -> None:
@@ -292,26 +343,18 @@ class InfluenceModel:
     def _parameter_versions(self) -> list[tuple[int, int]]:
         return [(id(p), p._version) for p in self.problem.model.parameters()]
 
-    def _influences(self, left: DenseRows, x: Tree, y: Tree, mode: InfluenceMode | str) -> Tensor:
+    def _influences(self, left: Rows, x: Tree, y: Tree, mode: InfluenceMode | str) -> Tensor:
         if InfluenceMode(mode) is InfluenceMode.Perturbation:
             return self.perturbations(left, x, y)
-        scores = left.dot(self.right_rows(self.gradient_rows(x, y)))
+        scores = left.dot(self.right_rows(self.gradient_rows(x, y), left))
         check_finite(scores, "scores", "test")
         return scores
 
-    def _influences_by_block(self, left: DenseRows, x: Tree, y: Tree, mode: InfluenceMode | str) -> dict[str, Tensor]:
+    def _influences_by_block(self, left: Rows, x: Tree, y: Tree, mode: InfluenceMode | str) -> dict[str, Tensor]:
         if InfluenceMode(mode) is InfluenceMode.Perturbation:
-            return {name: self.perturbations(left.block(name), x, y) for name in left.sections}
-        return left.dot_by_block(self.right_rows(self.gradient_rows(x, y)))
-
-    def _as_rows(self, factors: Tensor) -> DenseRows:
-        factors = torch.as_tensor(factors, dtype=self.problem.dtype, device=self.problem.device)
-        if factors.ndim != 2 or factors.shape[1] != self.n_parameters:
-            raise DataError(
-                f"factors must be (n_test, {self.n_parameters}), one column for each parameter; got "
-                f"{tuple(factors.shape)}"
-            )
-        return DenseRows(factors, self.problem.sections)
+            factors = self.dense(left)
+            return {name: self.perturbations(factors.block(name), x, y) for name in factors.sections}
+        return left.dot_by_block(self.right_rows(self.gradient_rows(x, y), left))
 
 
 @final
@@ -323,7 +366,7 @@ class DirectInfluence(InfluenceModel):
         loss: see `Problem`.
         regularization: lambda >= 0, one for all blocks or one for each; None: 0.
         block_structure: blocks of parameters between which curvature is ignored.
-        second_order_mode: the Hessian or the Gauss-Newton matrix.
+        second_order_mode: which matrix; see `SecondOrderMode`.
     """
 
     def __init__(
@@ -339,6 +382,215 @@ class DirectInfluence(InfluenceModel):
 
 
 @final
+class CgInfluence(InfluenceModel):
+    """The exact inverse, applied by conjugate gradient: no matrix is built; each product is a pass over the data.
+
+    All test samples share the passes. The matrix plus lambda should be positive definite: with the Hessian of a network
+    that takes a regularization, the Gauss-Newton matrix is so for convex losses. Fitting reads the data for the
+    preconditioner only; the data is read again whenever factors are computed. Literature: Hestenes & Stiefel 1952;
+    Martens 2010; Ji & Li 2017.
+
+    Args:
+        model: the trained model.
+        loss: see `Problem`.
+        regularization: lambda >= 0, one for all blocks or one for each; None: 0.
+        rtol: a right-hand side is done when its residual is below ``max(rtol |g|, atol)``.
+        atol: see ``rtol``. Gradients smaller than this have factors of zero; with 0 only ``rtol`` counts.
+        maxiter: most products; None: 10 P, at most 1,000.
+        progress: show a bar over products.
+        precompute_grad: keep what does not change between products in memory, for all of the data: faster by the
+            forward and the first backward pass, but its memory grows with the data.
+        preconditioner: `JacobiPreconditioner`, `NystroemPreconditioner` or `EkfacPreconditioner`.
+        solve_simultaneously: block conjugate gradient: fewer products, for more arithmetic between them.
+        warn_on_max_iteration: warn, with the residual, if the tolerance was not reached.
+        block_structure: blocks of parameters between which curvature is ignored.
+        second_order_mode: which matrix; see `SecondOrderMode`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        regularization: Regularization = None,
+        rtol: float = 1e-4,
+        atol: float = 1e-6,
+        maxiter: int | None = None,
+        progress: bool = False,
+        precompute_grad: bool = False,
+        preconditioner: Preconditioner | None = None,
+        solve_simultaneously: bool = False,
+        warn_on_max_iteration: bool = True,
+        block_structure: BlockMode | str | Blocks = BlockMode.FULL,
+        second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
+    ) -> None:
+        solver = CgSolver(
+            regularization,
+            SecondOrderMode(second_order_mode),
+            rtol,
+            atol,
+            maxiter,
+            progress,
+            precompute_grad,
+            preconditioner,
+            solve_simultaneously,
+            warn_on_max_iteration,
+        )
+        super().__init__(Problem(model, loss, block_structure), solver)
+
+
+@final
+class LissaInfluence(InfluenceModel):
+    """The exact inverse, applied by a stochastic recursion: a batch a step (LiSSA, Agarwal et al. 2017).
+
+    ``x <- x + (b - (H_batch + lambda) x) / scale``, with reduced variance (Johnson & Zhang 2013): it converges to the
+    solution, not to a noisy neighbourhood of it. Batches are those of the training DataLoader. Divergence is an
+    error that names the scale that would have worked. The data is read again whenever factors are computed.
+
+    Args:
+        model: the trained model.
+        loss: see `Problem`.
+        regularization: lambda >= 0, one for all blocks or one for each; None: 0.
+        maxiter: most steps.
+        dampen: d; the matrix becomes ``H + lambda + scale d``, as in the implementation of Koh & Liang 2017.
+        scale: what a step is divided by: at least the largest eigenvalue of the matrix (half of it just converges); the
+            smaller, the faster.
+        rtol: a right-hand side is done when its residual is below ``rtol |g|``.
+        progress: show a bar over steps.
+        warn_on_max_iteration: warn, with the residual, if the tolerance was not reached.
+        block_structure: blocks of parameters between which curvature is ignored.
+        second_order_mode: which matrix; see `SecondOrderMode`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        regularization: Regularization = None,
+        maxiter: int = 1000,
+        dampen: float = 0.0,
+        scale: float = 10.0,
+        rtol: float = 1e-4,
+        progress: bool = False,
+        warn_on_max_iteration: bool = True,
+        block_structure: BlockMode | str | Blocks = BlockMode.FULL,
+        second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
+    ) -> None:
+        solver = LissaSolver(
+            regularization,
+            SecondOrderMode(second_order_mode),
+            maxiter,
+            dampen,
+            scale,
+            rtol,
+            progress,
+            warn_on_max_iteration,
+        )
+        super().__init__(Problem(model, loss, block_structure), solver)
+
+
+@final
+class ArnoldiInfluence(InfluenceModel):
+    """A low-rank inverse from the eigenvalues of largest magnitude (Schioppa et al. 2022).
+
+    A sample is encoded to ``rank`` numbers per block; scores are products of these. What the eigenvectors do not span
+    is dropped, or with ``use_woodbury`` treated as if the matrix were lambda there, which takes the gradient besides.
+    With as high a rank as there are parameters both are exact.
+
+    Args:
+        model: the trained model.
+        loss: see `Problem`.
+        regularization: lambda >= 0, one for all blocks or one for each; None: 0.
+        rank: eigenpairs per block.
+        krylov_dimension: vectors that the iteration keeps; None: ``2 rank + 1``, at least 20. If the block has no more
+            parameters its matrix is built instead.
+        tol: relative accuracy of the eigenvalues.
+        max_iter: most restarts; None: 10 P.
+        eigen_computation_on_gpu: iterate on the GPU, with CuPy; the model must be there.
+        block_structure: blocks of parameters between which curvature is ignored.
+        second_order_mode: which matrix; see `SecondOrderMode`.
+        use_woodbury: see above; takes a regularization > 0.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        regularization: Regularization = None,
+        rank: int = 10,
+        krylov_dimension: int | None = None,
+        tol: float = 1e-6,
+        max_iter: int | None = None,
+        eigen_computation_on_gpu: bool = False,
+        block_structure: BlockMode | str | Blocks = BlockMode.FULL,
+        second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
+        use_woodbury: bool = False,
+    ) -> None:
+        solver = ArnoldiSolver(
+            regularization,
+            SecondOrderMode(second_order_mode),
+            rank,
+            krylov_dimension,
+            tol,
+            max_iter,
+            eigen_computation_on_gpu,
+            use_woodbury,
+        )
+        super().__init__(Problem(model, loss, block_structure), solver)
+
+
+@final
+class NystroemSketchInfluence(InfluenceModel):
+    """A low-rank approximation plus lambda, inverted exactly; the approximation takes one pass (Hataya & Yamada 2023).
+
+    Exact if the matrix has no higher rank. A sample is encoded to ``rank`` numbers per block and its gradient.
+
+    Args:
+        model: the trained model.
+        loss: see `Problem`.
+        regularization: lambda > 0, one for all blocks or one for each.
+        rank: columns of the random sketch, per block.
+        block_structure: blocks of parameters between which curvature is ignored.
+        second_order_mode: which matrix; see `SecondOrderMode`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        regularization: float | Mapping[str, float],
+        rank: int,
+        block_structure: BlockMode | str | Blocks = BlockMode.FULL,
+        second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
+    ) -> None:
+        solver = NystroemSolver(regularization, rank, SecondOrderMode(second_order_mode))
+        super().__init__(Problem(model, loss, block_structure), solver)
+
+
+@final
+class InverseHarmonicMeanInfluence(InfluenceModel):
+    """The mean of the inverses ``(g_i g_i^T + lambda)^-1`` of all training samples (DataInf: Kwon et al. 2024).
+
+    Cheap: one pass over the data for all test samples of a chunk. For small lambda a good approximation only where
+    gradients are alike. The data is read again whenever factors are computed.
+
+    Args:
+        model: the trained model.
+        loss: see `Problem`.
+        regularization: lambda > 0, one for all blocks or one for each.
+        block_structure: blocks of parameters between which curvature is ignored.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        regularization: float | Mapping[str, float],
+        block_structure: BlockMode | str | Blocks = BlockMode.FULL,
+    ) -> None:
+        super().__init__(Problem(model, loss, block_structure), HarmonicSolver(regularization))
+
+
+@final
 class EkfacInfluence(InfluenceModel):
     """Kronecker-factored inverse of the Fisher (K-FAC), with corrected eigenvalues if asked (EK-FAC).
 
@@ -346,14 +598,15 @@ class EkfacInfluence(InfluenceModel):
     2018; Grosse et al. 2023.
 
     Args:
-        model: the trained model, giving class scores ``(n, classes)``.
+        model: the trained model.
         update_diagonal: correct the eigenvalues (EK-FAC), at the cost of a second pass over the data.
         hessian_regularization: lambda >= 0, one for all layers or one for each. The Fisher alone is usually singular;
             a tenth of its mean eigenvalue is a usual choice.
         progress: show a bar over the data in `fit`.
-        loss: cross entropy; any other loss with ``fisher="empirical"``.
+        loss: one that a distribution of labels belongs to: cross entropy (classes), squared error (Gaussian) or binary
+            cross entropy with logits (Bernoulli), with any reduction or factor; any loss with ``fisher="empirical"``.
         fisher: labels drawn from the model ("sampled"), their expectation ("exact": as many backward passes as
-            classes), or those of the data ("empirical").
+            the model has outputs a sample), or those of the data ("empirical").
         seed: of the sampled labels.
     """
 
@@ -391,8 +644,7 @@ class EkfacInfluence(InfluenceModel):
         gradients = self.gradient_rows(x, y)
         models = {value: self.with_regularization(value) for value in values}
         return {
-            value: model.inverse.left(gradients).dot_by_block(model.right_rows(gradients))
-            for value, model in models.items()
+            value: model.encode(gradients).dot_by_block(model.right_rows(gradients)) for value, model in models.items()
         }
 
 

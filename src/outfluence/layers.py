@@ -105,15 +105,14 @@ class Recording:
     inputs: dict[str, Tensor]
     _outputs: dict[str, Tensor]
 
-    def output_gradients(self, loss: Tensor, keep: bool = False) -> dict[str, Tensor]:
+    def output_gradients(self, loss: Tensor) -> dict[str, Tensor]:
         """Gradients of a scalar with respect to each layer's outputs: per block ``(n, T, d_out)``.
 
         Args:
             loss: a function of `output`, summed over samples.
-            keep: whether another call follows on this recording.
         """
         grads = torch.autograd.grad(
-            loss, list(self._outputs.values()), retain_graph=keep, materialize_grads=True, allow_unused=True
+            loss, list(self._outputs.values()), retain_graph=True, materialize_grads=True, allow_unused=True
         )
         return {name: _positions(g.detach()) for name, g in zip(self._outputs, grads, strict=True)}
 

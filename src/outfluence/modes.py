@@ -28,10 +28,17 @@ class BlockMode(_Choice):
 
 
 class SecondOrderMode(_Choice):
-    """Which second-order matrix stands for the curvature of the loss."""
+    """Which second-order matrix stands for the curvature of the loss; all are means over the training samples.
+
+    ``hessian``: second derivatives of the loss; ``gauss_newton``: ``J^T H_L J``, with the Jacobian of the model's
+    output and the Hessian of the loss with respect to it; ``fisher``: outer products of gradients at labels drawn from
+    the model; ``empirical_fisher``: at the labels of the data.
+    """
 
     HESSIAN = "hessian"
     GAUSS_NEWTON = "gauss_newton"
+    FISHER = "fisher"
+    EMPIRICAL_FISHER = "empirical_fisher"
 
 
 class FisherMode(_Choice):

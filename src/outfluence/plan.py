@@ -7,7 +7,7 @@ grows with the training set only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,8 +22,10 @@ MIB = 1 << 20
 _RUNTIME_BYTES = 160 * MIB
 #: Copies of a batch's gradients while they are made, checked and laid out; and while an inverse is applied to them.
 _GRADIENT_COPIES, _INVERSE_COPIES = 3, 4
+#: Vectors that an iteration keeps for each right-hand side: solution, residual, directions, their images, and copies.
+_SOLVE_COPIES = 14
 #: Activations of a batch, forward and backward, as multiples of what one sample keeps for its backward pass.
-_ACTIVATION_COPIES = 4
+ACTIVATION_COPIES = 4
 #: A block of results: computed, checked, encoded, read back.
 _BLOCK_COPIES = 4
 #: The samples of a strip: read, and made tensors.
@@ -43,8 +45,9 @@ class Work:
     Attributes:
         n_test: test samples; 0 if only self-influences are wanted.
         n_train: training samples; 0 if only factors are wanted.
-        row_bytes: bytes of one stored row.
-        itemsize: bytes of one score.
+        arrays: what a row is stored as: the width of each array, by name.
+        itemsize: bytes of one number.
+        n_parameters: numbers of one gradient.
         features: shape of a training sample's features in perturbation mode, else empty.
         directions: in perturbation mode how many factors are differentiated at once; else 0.
         self_influences: whether the influence of each training sample on itself is wanted.
@@ -52,12 +55,16 @@ class Work:
         activation_bytes: what one sample keeps for its backward pass.
         batch_size: samples at once through the model, if the user has an opinion.
         sample_bytes: bytes of one training sample as it is read.
+        solves: whether factors are computed by passes over the data of the fit, for all samples of a chunk at once.
+        vectors: with how many vectors a batch of such a pass is multiplied at once.
+        kept_bytes: what is kept between such passes.
     """
 
     n_test: int
     n_train: int
-    row_bytes: int
+    arrays: Mapping[str, int]
     itemsize: int
+    n_parameters: int
     features: tuple[int, ...] = ()
     directions: int = 0
     self_influences: bool = False
@@ -65,6 +72,19 @@ class Work:
     activation_bytes: int = 0
     batch_size: int | None = None
     sample_bytes: int = 0
+    solves: bool = False
+    vectors: int = 0
+    kept_bytes: int = 0
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one stored row."""
+        return sum(self.arrays.values()) * self.itemsize
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of one gradient."""
+        return self.n_parameters * self.itemsize
 
 
 @dataclass(frozen=True)
@@ -128,36 +148,48 @@ class Plan:
     def memory(self, stage: str) -> dict[str, int]:
         """Projected peak of a task, in bytes above the import baseline, by part."""
         work = self.work
-        per_sample = _GRADIENT_COPIES * work.row_bytes + _ACTIVATION_COPIES * work.activation_bytes
+        per_sample = _GRADIENT_COPIES * work.gradient_bytes + ACTIVATION_COPIES * work.activation_bytes
         parts = {"runtime": _RUNTIME_BYTES, "model and inverse": work.model_bytes}
-        inverse = _INVERSE_COPIES * self.batch_size * work.row_bytes
         if stage == "factors":
             return parts | {
-                "batch": self.batch_size * per_sample + inverse,
+                "batch": self.batch_size * per_sample,
+                "inverse": self._inverse_bytes(self.test_chunk if work.solves else self.batch_size),
                 "factors of a chunk": 2 * self.test_chunk * work.row_bytes,
             }
         held = max(0, work.n_test - self.test_chunk) if self.holds_factors else 0
         factors = (_TILE_COPIES * self.test_chunk + held) * work.row_bytes if work.n_test else 0
         samples = _SAMPLE_COPIES * self.train_chunk * work.sample_bytes
         block = _BLOCK_COPIES * self.test_chunk * self.train_chunk * self.score_bytes if work.n_test else 0
+        selves = self._inverse_bytes(self.batch_size) if work.self_influences else 0
         if work.directions:
-            derivatives = _ACTIVATION_COPIES * work.activation_bytes + 3 * self.score_bytes
+            derivatives = ACTIVATION_COPIES * work.activation_bytes + 3 * self.score_bytes
             batch = self.batch_size * min(self.test_chunk, work.directions) * derivatives
-            batch += work.directions * work.row_bytes
-            selves = self.batch_size * per_sample + inverse if work.self_influences else 0
+            batch += work.directions * work.gradient_bytes
+            if work.row_bytes != work.gradient_bytes:  # as influence factors
+                factors += 2 * self.test_chunk * work.gradient_bytes
             return parts | {
-                "batch": max(batch, selves),
+                "batch": max(batch, self.batch_size * per_sample + selves if selves else 0),
                 "samples of a chunk": samples,
                 "factors": factors,
                 "score block": block,
             }
+        rows = 0 if work.row_bytes == work.gradient_bytes else 2 * self.batch_size * work.row_bytes
         return parts | {
-            "batch": self.batch_size * per_sample + (inverse if work.self_influences else 0),
+            "batch": self.batch_size * per_sample + rows + selves,
             "samples of a chunk": samples,
             "gradients of a chunk": self.train_chunk * work.row_bytes if work.n_test else 0,
             "factors": factors,
             "score block": block,
         }
+
+    def _inverse_bytes(self, n: int) -> int:
+        """What applying the inverse to n gradients takes."""
+        work = self.work
+        if not work.solves:
+            return _INVERSE_COPIES * n * work.gradient_bytes
+        products = self.batch_size * work.vectors * ACTIVATION_COPIES * work.activation_bytes
+        pass_ = max(products, self.batch_size * _GRADIENT_COPIES * work.gradient_bytes)
+        return _SOLVE_COPIES * n * work.gradient_bytes + pass_ + work.kept_bytes
 
     @property
     def score_bytes(self) -> int:

@@ -155,9 +155,18 @@ class Problem:
 
     def gradients(self, x: Tree, y: Tree) -> DenseRows:
         """Gradients of each sample's loss, ``(n, P)``."""
+        return DenseRows(self.block_gradients(x, y, self.names), self.sections)
+
+    def block_gradients(self, x: Tree, y: Tree, names: Iterable[str]) -> Tensor:
+        """Gradients of each sample's loss with respect to some of the parameters, ``(n, sum of their sizes)``."""
         x, y = self.on_device(x), self.on_device(y)
-        by_name = self._per_sample(grad(self.sample_loss), x, y)(self.parameters, x, y)
-        return DenseRows(self.flatten(by_name), self.sections)
+        parameters = self.parameters
+        chosen = {name: parameters[name] for name in names}
+
+        def loss(block: Mapping[str, Tensor], one_x: Tree, one_y: Tree) -> Tensor:
+            return self.sample_loss(parameters | dict(block), one_x, one_y)
+
+        return self.flatten(self._per_sample(grad(loss), x, y)(chosen, x, y), chosen)
 
     def mixed_derivatives(self, directions: Tensor, x: Tree, y: Tree) -> Tensor:
         """Derivatives with respect to the features of directional derivatives with respect to the parameters.

@@ -7,12 +7,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 from outfluence.errors import NonFiniteError
+
+
+class Rows(Protocol):
+    """Encoded samples. Left and right rows that are multiplied are of the same kind."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def arrays(self) -> dict[str, Tensor]:
+        """What to store: named arrays, first axis samples, trailing shapes the same for all samples."""
+
+    def with_arrays(self, arrays: Mapping[str, Tensor]) -> Self:
+        """Rows like these, with other samples' arrays."""
+
+    def dot_by_block(self, right: Self) -> dict[str, Tensor]:
+        """Dot products per block, in order: ``(n_left, n_right)`` each."""
+
+    def dot(self, right: Self) -> Tensor:
+        """Dot products with other rows: ``(n_left, n_right)``, the sum of `dot_by_block`."""
+
+    def dot_each(self, right: Self) -> Tensor:
+        """Dot products of each row with the row at the same place: ``(n,)``."""
 
 
 @dataclass(frozen=True)
@@ -32,23 +54,23 @@ class DenseRows:
 
     @property
     def arrays(self) -> dict[str, Tensor]:
-        """What to store: named arrays, first axis samples, trailing shapes the same for all samples."""
+        """See `Rows`."""
         return {"values": self.values}
 
     def with_arrays(self, arrays: Mapping[str, Tensor]) -> Self:
-        """Rows like these, with other samples' arrays."""
+        """See `Rows`."""
         return replace(self, values=arrays["values"])
 
     def dot(self, right: DenseRows) -> Tensor:
-        """Dot products with other rows: ``(n_left, n_right)``."""
+        """See `Rows`."""
         return self.values @ right.values.T
 
     def dot_each(self, right: DenseRows) -> Tensor:
-        """Dot products of each row with the row at the same place: ``(n,)``."""
+        """See `Rows`."""
         return (self.values * right.values).sum(1)
 
     def dot_by_block(self, right: DenseRows) -> dict[str, Tensor]:
-        """Dot products per block; their sum is `dot`."""
+        """See `Rows`."""
         return {name: self.values[:, s] @ right.values[:, s].T for name, s in self.sections.items()}
 
     def by_block(self) -> dict[str, Tensor]:
@@ -60,6 +82,57 @@ class DenseRows:
         values = torch.zeros_like(self.values)
         values[:, self.sections[name]] = self.values[:, self.sections[name]]
         return replace(self, values=values)
+
+
+@dataclass(frozen=True)
+class CoordinateRows:
+    """A few numbers per sample: its coordinates in a basis that left and right rows share.
+
+    Attributes:
+        coordinates: ``(n, k)``; the columns of a block are contiguous.
+        sections: for each block, in order, its columns.
+        identity: the part of the rows that a multiple of the identity adds, which no few coordinates hold; or None.
+    """
+
+    coordinates: Tensor
+    sections: Mapping[str, slice]
+    identity: DenseRows | None = None
+
+    def __len__(self) -> int:
+        return self.coordinates.shape[0]
+
+    @property
+    def arrays(self) -> dict[str, Tensor]:
+        """See `Rows`."""
+        identity = {} if self.identity is None else {"identity": self.identity.values}
+        return {"coordinates": self.coordinates, **identity}
+
+    def with_arrays(self, arrays: Mapping[str, Tensor]) -> Self:
+        """See `Rows`."""
+        identity = None if self.identity is None else replace(self.identity, values=arrays["identity"])
+        return replace(self, coordinates=arrays["coordinates"], identity=identity)
+
+    def dot(self, right: CoordinateRows) -> Tensor:
+        """See `Rows`."""
+        result = self.coordinates @ right.coordinates.T
+        if self.identity is not None and right.identity is not None:
+            result += self.identity.dot(right.identity)
+        return result
+
+    def dot_each(self, right: CoordinateRows) -> Tensor:
+        """See `Rows`."""
+        result = (self.coordinates * right.coordinates).sum(1)
+        if self.identity is not None and right.identity is not None:
+            result += self.identity.dot_each(right.identity)
+        return result
+
+    def dot_by_block(self, right: CoordinateRows) -> dict[str, Tensor]:
+        """See `Rows`."""
+        parts = {name: self.coordinates[:, s] @ right.coordinates[:, s].T for name, s in self.sections.items()}
+        if self.identity is not None and right.identity is not None:
+            for name, part in self.identity.dot_by_block(right.identity).items():
+                parts[name] += part
+        return parts
 
 
 def check_finite(rows: Tensor, what: str, samples: str, start: int = 0) -> None:

@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -28,17 +29,18 @@ import torch
 from distributed import get_worker
 from torch import Tensor
 
+from outfluence.curvature import VECTORS
 from outfluence.data import Data, to_numpy, tree_leaves, tree_map
-from outfluence.errors import ClusterError, StoreError
+from outfluence.errors import ClusterError, ConvergenceWarning, StoreError
 from outfluence.influence import InfluenceModel
 from outfluence.modes import InfluenceMode
-from outfluence.plan import Plan, Work
+from outfluence.plan import ACTIVATION_COPIES, Plan, Work
 from outfluence.problem import DIRECTIONS
-from outfluence.rows import DenseRows, check_finite
+from outfluence.rows import DenseRows, Rows, check_finite
 from outfluence.store import Store
 
-#: Where factors, scores and self-influences are in a store.
-FACTORS, SCORES, SELVES = "factors/values", "scores", "self_influences"
+#: Where the arrays of left rows, scores and self-influences are in a store.
+FACTORS, SCORES, SELVES = "factors", "scores", "self_influences"
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,17 @@ class Job:
         roles = {"test": self.test, "factors": self.factors, "train": self.train}
         return {role: data for role, data in roles.items() if data is not None}
 
+    @property
+    def inputs(self) -> dict[str, Data]:
+        """All data that is read: those of `data`, and those of the fit if the inverse reads them."""
+        source = self.model.inverse.data
+        return self.data | ({} if source is None else {"fit": source})
+
+    def left_rows(self) -> Rows:
+        """Left rows of no samples: what arrays they consist of."""
+        dense = self.factors is not None and isinstance(self.factors.rows(slice(0, 1)).x, Tensor)
+        return self.model.empty_rows(dense)
+
     def identity(self) -> dict[str, Any]:
         """What the numbers in the store depend on. A store is continued by the same identity only."""
         return {
@@ -99,21 +112,32 @@ class Job:
         if perturbation:  # raises where there is nothing to differentiate by
             zeros = torch.zeros(1, problem.n_parameters, dtype=problem.dtype, device=problem.device)
             problem.mixed_derivatives(zeros, *sample)
-        hints = [data.batch_size for data in self.data.values() if data.batch_size]
+        hints = [data.batch_size for data in self.inputs.values() if data.batch_size]
+        activations = problem.activation_bytes(sample)
+        source = self.model.inverse.data
+        kept = (
+            len(source) * activations * ACTIVATION_COPIES
+            if source and getattr(self.model.solver, "precompute_grad", False)
+            else 0
+        )
         inverse = sum(t.nbytes for t in self.model.inverse.tensors.values())
         buffers = sum(b.nbytes for b in self.model.problem.model.buffers())
         return Work(
             n_test=len(n_rows) if n_rows is not None else 0,
             n_train=len(self.train) if self.train is not None else 0,
-            row_bytes=problem.n_parameters * itemsize,
+            arrays={name: array.shape[1] for name, array in self.left_rows().arrays.items()},
             itemsize=itemsize,
+            n_parameters=problem.n_parameters,
             features=tuple(floats[0].shape[1:]) if perturbation else (),
             directions=DIRECTIONS if perturbation else 0,
             self_influences=self.self_influences,
             model_bytes=sum(p.nbytes for p in problem.model.parameters()) + buffers + inverse,
-            activation_bytes=problem.activation_bytes(sample),
+            activation_bytes=activations,
             batch_size=min(hints) if hints else None,
             sample_bytes=sum(leaf.nbytes for leaf in tree_leaves(sample.x) + tree_leaves(sample.y)),
+            solves=source is not None,
+            vectors=VECTORS if source is not None else 0,
+            kept_bytes=kept,
         )
 
 
@@ -166,7 +190,8 @@ def run_task(job: Job, stage: str, task: int) -> dict[str, Any]:
     if finished is not None:  # a scheduler repeats a finished task if the worker that knew of it is lost
         return finished
     (samples,) = (s.samples(task) for s in job.plan.stages if s.name == stage)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
         written, checksums = (_factors if stage == "factors" else _strip)(job, store, samples, watch)
     receipt = {
         "stage": stage,
@@ -177,6 +202,7 @@ def run_task(job: Job, stage: str, task: int) -> dict[str, Any]:
         "checksums": checksums,
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
         "worker": f"{socket.gethostname()}:{os.getpid()}",
+        "warnings": [str(one.message) for one in caught],
         **watch.report(),
     }
     store.leave_receipt(stage, task, receipt)
@@ -187,22 +213,46 @@ def _factors(job: Job, store: Store, samples: slice, watch: _Watch) -> tuple[int
     """The left rows of a range of test samples."""
     model, plan = job.model, job.plan
     assert plan is not None
-    values = np.empty((length(samples), model.n_parameters), numpy_name(model.problem.dtype))
-    for part in _batches(samples, plan.batch_size):
+    arrays = {
+        name: np.empty((length(samples), width), numpy_name(model.problem.dtype))
+        for name, width in plan.work.arrays.items()
+    }
+    template = job.left_rows()
+    # Passes over the data of the fit are shared by all samples of the chunk.
+    for part in [samples] if plan.work.solves else list(_batches(samples, plan.batch_size)):
         if job.factors is not None:
             with watch("read"):
-                rows = job.factors.rows(part).x.to(model.problem.dtype)
-            check_finite(rows, "influence factors", "test", part.start)
+                rows = _given_factors(template, job.factors.rows(part).x, model)
+            for array in rows.arrays.values():
+                check_finite(array, "influence factors", "test", part.start)
         else:
-            assert job.test is not None
-            with watch("read"):
-                batch = job.test.rows(part)
+            gradients = _gradients(job, part, watch)
             with watch("factors"):
-                rows = model.left_rows(*batch, "test", part.start).values
-        values[_within(part, samples)] = to_numpy(rows)
+                rows = model.encode(gradients, "test", part.start)
+        for name, array in rows.arrays.items():
+            arrays[name][_within(part, samples)] = to_numpy(array)
     with watch("write"):
-        checksum = store.write(FACTORS, (samples,), values)
-    return values.nbytes, {FACTORS: checksum}
+        checksums = {f"{FACTORS}/{name}": store.write(f"{FACTORS}/{name}", (samples,), a) for name, a in arrays.items()}
+    return sum(array.nbytes for array in arrays.values()), checksums
+
+
+def _gradients(job: Job, samples: slice, watch: _Watch) -> DenseRows:
+    """The gradients of a range of test samples, a batch at a time."""
+    assert job.plan is not None
+    assert job.test is not None
+    parts = []
+    for part in _batches(samples, job.plan.batch_size):
+        with watch("read"):
+            batch = job.test.rows(part)
+        with watch("gradients"):
+            parts.append(job.model.gradient_rows(*batch, "test", part.start))
+    values = parts[0].values if len(parts) == 1 else torch.cat([rows.values for rows in parts])
+    return parts[0].with_arrays({"values": values})
+
+
+def _given_factors(template: Rows, x: Any, model: InfluenceModel) -> Rows:
+    arrays = {"values": x} if isinstance(x, Tensor) else x
+    return template.with_arrays({name: a.to(model.problem.device, model.problem.dtype) for name, a in arrays.items()})
 
 
 def _strip(job: Job, store: Store, samples: slice, watch: _Watch) -> tuple[int, dict[str, int]]:
@@ -212,8 +262,9 @@ def _strip(job: Job, store: Store, samples: slice, watch: _Watch) -> tuple[int, 
     model, plan = job.model, job.plan
     assert plan is not None
     assert job.train is not None
-    shape = (length(samples) if plan.test_tiles else 0, model.n_parameters)
-    values = torch.empty(shape, dtype=model.problem.dtype, device=model.problem.device)
+    left = job.left_rows()
+    n = length(samples) if plan.test_tiles else 0
+    arrays = {name: array.new_empty(n, array.shape[1]) for name, array in left.arrays.items()}
     selves = []
     with watch("read"):
         rows = job.train.rows(samples)
@@ -221,9 +272,9 @@ def _strip(job: Job, store: Store, samples: slice, watch: _Watch) -> tuple[int, 
         x, y = tree_map(partial(_part, _within(part, samples)), rows)
         with watch("gradients"):
             gradients = model.gradient_rows(x, y, "training", part.start)
-            right = model.right_rows(gradients)
             if plan.test_tiles:
-                values[_within(part, samples)] = right.values
+                for name, array in model.right_rows(gradients, left).arrays.items():
+                    arrays[name][_within(part, samples)] = array
         if job.self_influences:
             with watch("self-influences"):
                 selves.append(model.inverse.quadratic(gradients))
@@ -234,7 +285,7 @@ def _strip(job: Job, store: Store, samples: slice, watch: _Watch) -> tuple[int, 
         with watch("write"):
             checksums[SELVES] = store.write(SELVES, (samples,), to_numpy(block))
         written += block.nbytes
-    right = right.with_arrays({"values": values})
+    right = left.with_arrays(arrays)
     for tile in plan.test_tiles:
         with watch("read factors"):
             left = _factors_of(job, store, tile)
@@ -267,26 +318,36 @@ def _perturbed_strip(job: Job, store: Store, samples: slice, watch: _Watch) -> t
     return written, checksums
 
 
-def _factors_of(job: Job, store: Store, tile: slice) -> DenseRows:
+def _factors_of(job: Job, store: Store, tile: slice) -> Rows:
     """The left rows of a tile of test samples, from the store, or held from the strip before."""
     assert job.plan is not None
     if not job.plan.holds_factors:
-        return _read_factors(store, tile, job.model)
+        return _read_factors(store, tile, job)
     held = _held_factors(store.id)
     if tile.start not in held:
-        held[tile.start] = _read_factors(store, tile, job.model)
+        held[tile.start] = _read_factors(store, tile, job)
     return held[tile.start]
 
 
 @lru_cache(maxsize=1)
-def _held_factors(store_id: str) -> dict[int, DenseRows]:  # noqa: ARG001 - one run's factors at a time
+def _held_factors(store_id: str) -> dict[int, Rows]:  # noqa: ARG001 - one run's factors at a time
     return {}
 
 
-def _read_factors(store: Store, tile: slice, model: InfluenceModel) -> DenseRows:
-    values = torch.from_numpy(store.read(FACTORS, (tile,))).clone().to(model.problem.device)  # aligned, see data
-    check_finite(values, "stored influence factors", "test", tile.start)
-    return DenseRows(values, model.problem.sections)
+def _read_factors(store: Store, tile: slice, job: Job) -> Rows:
+    template, arrays = job.left_rows(), {}
+    for name, array in template.arrays.items():
+        stored = torch.from_numpy(store.read(f"{FACTORS}/{name}", (tile,))).clone()  # aligned, see data
+        arrays[name] = stored.to(array.device)
+        check_finite(arrays[name], "stored influence factors", "test", tile.start)
+    return template.with_arrays(arrays)
+
+
+def read_all_factors(job: Job, store: Store) -> np.ndarray:
+    """The influence factors in a store, ``(n_test, P)``, whatever they are stored as."""
+    assert job.plan is not None
+    n = job.plan.work.n_test
+    return to_numpy(job.model.dense(_read_factors(store, slice(0, n), job)).values)
 
 
 def _write_scores(

@@ -6,7 +6,9 @@ applied to rows.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
 from torch import Tensor
@@ -20,27 +22,101 @@ from outfluence.rows import DenseRows
 Regularization = float | Mapping[str, float] | None
 
 
-class Inverse(Protocol):
-    """A fitted inverse: the two encoders that turn gradients into left and right rows."""
+class Inverse(ABC):
+    """A fitted inverse: the two encoders that turn gradients into left and right rows.
 
-    def left(self, gradients: DenseRows) -> DenseRows:
-        """Influence factors: ``g^T (H + lambda 1)^-1``."""
+    What is written here holds where a left row is the influence factor itself.
+    """
 
-    def right(self, gradients: DenseRows) -> DenseRows:
+    @abstractmethod
+    def left(self, gradients: DenseRows) -> Any:
+        """Left rows: influence factors ``g^T (H + lambda 1)^-1``, or what stands for them."""
+
+    def right(self, gradients: DenseRows) -> Any:
         """What a left row is multiplied with: for exact methods the gradients themselves."""
+        return gradients
+
+    def dense(self, left: Any) -> DenseRows:
+        """Left rows as influence factors, as long as the model has parameters."""
+        rows: DenseRows = left
+        return rows
 
     def quadratic(self, gradients: DenseRows) -> Tensor:
         """``g^T (H + lambda 1)^-1 g`` of each sample, its self-influence: ``(n,)``."""
+        each: Tensor = self.left(gradients).dot_each(self.right(gradients))
+        return each
 
+    def solve(self, gradients: DenseRows) -> tuple[DenseRows, dict[str, dict[str, Any]]]:
+        """Influence factors, and per block what is known of how they came about."""
+        return self.dense(self.left(gradients)), self.info
+
+    @property
+    def info(self) -> dict[str, dict[str, Any]]:
+        """What the fit found out, per block."""
+        return {}
+
+    @abstractmethod
     def with_regularization(self, regularization: Mapping[str, float]) -> Self:
         """The same curvature with other regularizations, without fitting again."""
 
     @property
+    @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """All it consists of besides its configuration, by name: what is moved, measured and kept."""
 
+    @abstractmethod
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
         """This inverse with other tensors of the same names."""
+
+    @property
+    def data(self) -> Data | None:
+        """The data of the fit, if it is read again whenever the inverse is applied."""
+        return None
+
+    def reading(self, problem: Problem, data: Data) -> Self:  # noqa: ARG002 - most read nothing
+        """The same, on another device, or with another handle on the same data."""
+        return self
+
+
+@dataclass(frozen=True)
+class ReadingInverse(Inverse):
+    """An inverse that is not kept: it is applied by passes over the data of the fit, of which it holds a handle.
+
+    Attributes:
+        problem: model and loss.
+        source: the data.
+        regularization: lambda, per block.
+    """
+
+    problem: Problem
+    source: Data
+    regularization: Mapping[str, float]
+
+    def left(self, gradients: DenseRows) -> DenseRows:
+        """See `Inverse`; all samples share the passes."""
+        return self.solve(gradients)[0] if len(gradients) else gradients
+
+    def with_regularization(self, regularization: Mapping[str, float]) -> Self:
+        """Nothing depends on it but the solves to come."""
+        return replace(self, regularization=dict(regularization))
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """None."""
+        return {}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:  # noqa: ARG002
+        """See `Inverse`."""
+        return self
+
+    @property
+    def data(self) -> Data:
+        """See `Inverse`."""
+        return self.source
+
+    def reading(self, problem: Problem, data: Data) -> Self:
+        """See `Inverse`."""
+        return replace(self, problem=problem, source=data)
 
 
 class Solver(Protocol):

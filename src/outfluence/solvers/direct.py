@@ -15,7 +15,7 @@ from outfluence.errors import SingularMatrixError
 from outfluence.modes import SecondOrderMode
 from outfluence.problem import Problem
 from outfluence.rows import DenseRows
-from outfluence.solvers import Regularization, per_block
+from outfluence.solvers import Inverse, Regularization, per_block
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class DirectSolver:
 
 
 @dataclass(frozen=True)
-class DirectInverse:
+class DirectInverse(Inverse):
     """Factorised ``H + lambda 1``, block by block.
 
     Attributes:
@@ -67,13 +67,10 @@ class DirectInverse:
         solved = [self.factors[name].solve(part.T).T for name, part in gradients.by_block().items()]
         return gradients.with_arrays({"values": torch.cat(solved, dim=1)})
 
-    def right(self, gradients: DenseRows) -> DenseRows:
-        """The gradients."""
-        return gradients
-
-    def quadratic(self, gradients: DenseRows) -> Tensor:
-        """The dot products of left rows and gradients."""
-        return self.left(gradients).dot_each(gradients)
+    @property
+    def info(self) -> dict[str, dict[str, Any]]:
+        """The matrices, without regularization."""
+        return {name: {"matrix": h} for name, h in self.matrices.items()}
 
     def with_regularization(self, regularization: Mapping[str, float]) -> Self:
         """Factorises again; the matrix is kept."""

@@ -9,25 +9,24 @@ by the second moments of the gradients in that basis, which are exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from outfluence.curvature import BATCH_SIZE
-from outfluence.data import Batch, Data, describe, tree_leaves
-from outfluence.errors import ProblemError, SingularMatrixError
+from outfluence.curvature import BATCH_SIZE, draws
+from outfluence.data import Batch, Data, tree_leaves
+from outfluence.errors import SingularMatrixError
 from outfluence.layers import LinearLayer, check_layers, linear_layers, record, sum_of_losses
+from outfluence.likelihood import Likelihood, find_likelihood, the_tensor
 from outfluence.modes import FisherMode
 from outfluence.problem import Problem
 from outfluence.rows import DenseRows, check_finite
-from outfluence.solvers import Regularization, per_block
+from outfluence.solvers import Inverse, Regularization, per_block
 
 
 @dataclass(frozen=True)
@@ -53,12 +52,12 @@ class KroneckerSolver:
 
         Raises:
             UnsupportedLayerError: naming a layer with trainable parameters that is not linear.
-            ProblemError: if labels are to be drawn from the model and the loss is not cross entropy.
+            ProblemError: if labels are to be drawn from the model and the loss is none of a known distribution.
             SingularMatrixError: if a layer's regularized curvature has no inverse.
         """
         layers = linear_layers(problem)
-        if self.fisher is not FisherMode.EMPIRICAL:
-            _check_cross_entropy(problem)
+        sampling = self.fisher is not FisherMode.EMPIRICAL
+        likelihood = find_likelihood(problem, data.rows(slice(0, 1))) if sampling else None
         regularization = per_block(self.regularization, problem)
         for start in {0, len(data) // 2, max(0, len(data) - 4)}:
             check_layers(problem, layers, data.rows(slice(start, start + 4)))
@@ -66,25 +65,25 @@ class KroneckerSolver:
         zeros = partial(torch.zeros, dtype=problem.dtype, device=problem.device)
         inputs = {name: zeros(layer.d_in, layer.d_in) for name, layer in layers.items()}
         outputs = {name: zeros(layer.d_out, layer.d_out) for name, layer in layers.items()}
-        for name, a, d, weight, first in self._moments(problem, layers, data, "covariances"):
+        for name, a, d, first in self._moments(problem, layers, data, likelihood, "covariances"):
             if first:
                 flat = a.flatten(0, 1)
                 inputs[name] += flat.T @ flat / (a.shape[1] * len(data))
             flat = d.flatten(0, 1)
-            outputs[name] += (flat * weight.repeat_interleave(d.shape[1])[:, None]).T @ flat / len(data)
+            outputs[name] += flat.T @ flat / len(data)
         bases = {name: (_eigh(outputs[name]), _eigh(inputs[name])) for name in layers}
         eigenvalues = {name: torch.outer(g[0], a[0]) for name, (g, a) in bases.items()}
         vectors = {name: (g[1], a[1]) for name, (g, a) in bases.items()}
 
         if self.update_diagonal:
             eigenvalues = {name: torch.zeros_like(value) for name, value in eigenvalues.items()}
-            for name, a, d, weight, _ in self._moments(problem, layers, data, "eigenvalues"):
+            for name, a, d, _ in self._moments(problem, layers, data, likelihood, "eigenvalues"):
                 q_out, q_in = vectors[name]
                 rotated_d, rotated_a = d @ q_out, a @ q_in
                 if a.shape[1] == 1:  # squared entries of an outer product factor: no per-sample gradient is formed
-                    square = (rotated_d[:, 0].square() * weight[:, None]).T @ rotated_a[:, 0].square()
+                    square = rotated_d[:, 0].square().T @ rotated_a[:, 0].square()
                 else:
-                    square = torch.einsum("noi,n->oi", (rotated_d.mT @ rotated_a).square(), weight)
+                    square = (rotated_d.mT @ rotated_a).square().sum(0)
                 eigenvalues[name] += square / len(data)
         _check_invertible(eigenvalues, regularization)
         return KroneckerInverse(layers, vectors, eigenvalues, regularization)
@@ -94,9 +93,9 @@ class KroneckerSolver:
         return {"update_diagonal": self.update_diagonal, "fisher": str(self.fisher), "seed": self.seed}
 
     def _moments(
-        self, problem: Problem, layers: dict[str, LinearLayer], data: Data, what: str
-    ) -> Iterator[tuple[str, Tensor, Tensor, Tensor, bool]]:
-        """For each batch, label and layer: block, inputs, output gradients, sample weights, whether inputs are new.
+        self, problem: Problem, layers: dict[str, LinearLayer], data: Data, likelihood: Likelihood | None, what: str
+    ) -> Iterator[tuple[str, Tensor, Tensor, bool]]:
+        """For each batch, label and layer: block, inputs, output gradients, whether inputs are new.
 
         They are not for the second and later labels of the exact expectation.
         """
@@ -104,41 +103,32 @@ class KroneckerSolver:
         steps = tqdm(data.batches(size), what, total=-(-len(data) // size), disable=not self.progress)
         for batch in steps:
             recording = record(problem, layers, batch.x)
-            draws = list(self._labels(problem, recording.output, batch, start))
-            for i, (loss, weight) in enumerate(draws):
-                gradients = recording.output_gradients(loss, keep=i + 1 < len(draws))
+            for i, total in enumerate(self._labelled(problem, recording.output, batch, start, likelihood)):
+                gradients = recording.output_gradients(total)
                 for name in layers:
                     for moments, whose in ((recording.inputs[name], "inputs"), (gradients[name], "output gradients")):
                         check_finite(moments, f"{whose} of layer {name!r}", "training", start)
-                    yield name, recording.inputs[name], gradients[name], weight, i == 0
-            start += len(weight)
+                    yield name, recording.inputs[name], gradients[name], i == 0
+            start += len(tree_leaves(batch.x)[0])
 
-    def _labels(self, problem: Problem, output: Any, batch: Batch, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each set of labels the summed loss and the weight of each sample."""
-        if self.fisher is FisherMode.EMPIRICAL:
-            n = len(tree_leaves(batch.x)[0])
-            weight = torch.ones(n, dtype=problem.dtype, device=problem.device)
-            yield sum_of_losses(problem, output, problem.on_device(batch.y)), weight
+    def _labelled(
+        self, problem: Problem, output: Any, batch: Batch, start: int, likelihood: Likelihood | None
+    ) -> Iterator[Tensor]:
+        """For each set of labels a scalar whose gradients' second moments add up to the Fisher."""
+        if likelihood is None:
+            yield sum_of_losses(problem, output, problem.on_device(batch.y))
             return
-        if not isinstance(output, Tensor) or output.ndim != 2:
-            raise ProblemError(
-                f"to draw labels the model must give one row of class scores per sample, (n, classes); it gives "
-                f"{describe(output)}. Use fisher='empirical'."
-            )
-        probabilities = output.detach().softmax(dim=1)
+        z = the_tensor(output)
         if self.fisher is FisherMode.SAMPLED:
-            uniform = torch.from_numpy(uniform_draws(self.seed, start, start + len(output))).to(output.device)
-            below = probabilities.double().cumsum(1) < uniform[:, None]
-            labels = below.sum(1).clamp(max=output.shape[1] - 1)
-            yield F.cross_entropy(output, labels, reduction="sum"), output.new_ones(len(output)).detach()
+            s = likelihood.sampled(z.detach(), draws(self.seed, start, z, likelihood))
+            yield (z * s).sum()
             return
-        for label in range(output.shape[1]):
-            labels = torch.full((len(output),), label, device=output.device)
-            yield F.cross_entropy(output, labels, reduction="sum"), probabilities[:, label]
+        for s in likelihood.expected(z.detach()):
+            yield (z * s).sum()
 
 
 @dataclass(frozen=True)
-class KroneckerInverse:
+class KroneckerInverse(Inverse):
     """``Q (Lambda + lambda)^-1 Q^T`` per layer, ``Q = Q_out (x) Q_in``.
 
     Attributes:
@@ -155,20 +145,30 @@ class KroneckerInverse:
 
     def left(self, gradients: DenseRows) -> DenseRows:
         """``Q_out (Q_out^T g Q_in / (Lambda + lambda)) Q_in^T``, g the gradient matrix of a sample and layer."""
-        solved = []
-        for name, rotated, damped in self._rotated(gradients):
-            q_out, q_in = self.vectors[name]
-            solved.append(self.layers[name].to_rows(q_out @ (rotated / damped) @ q_in.T))
+        solved = [
+            self._solve(name, part, self.eigenvalues[name] + self.regularization[name])
+            for name, part in gradients.by_block().items()
+        ]
         return gradients.with_arrays({"values": torch.cat(solved, dim=1)})
 
-    def right(self, gradients: DenseRows) -> DenseRows:
-        """The gradients."""
-        return gradients
+    def precondition(self, block: str, rows: Tensor, regularization: float) -> Tensor:
+        """The inverse of one layer at another regularization, times rows; eigenvalues of zero are no obstacle."""
+        damped = self.eigenvalues[block] + regularization
+        damped = damped.clamp(min=torch.finfo(damped.dtype).eps * max(float(damped.amax()), 1e-30))
+        return self._solve(block, rows, damped)
 
     def quadratic(self, gradients: DenseRows) -> Tensor:
         """The squared entries in the eigenbasis, over the eigenvalues: half the work of `left`."""
-        parts = [(rotated.square() / damped).sum((1, 2)) for _, rotated, damped in self._rotated(gradients)]
+        parts = [
+            (self._rotated(name, part).square() / (self.eigenvalues[name] + self.regularization[name])).sum((1, 2))
+            for name, part in gradients.by_block().items()
+        ]
         return torch.stack(parts).sum(0)
+
+    @property
+    def info(self) -> dict[str, dict[str, Any]]:
+        """The eigenvalues of each layer."""
+        return {name: {"eigenvalues": values} for name, values in self.eigenvalues.items()}
 
     def with_regularization(self, regularization: Mapping[str, float]) -> Self:
         """The same eigenvectors and eigenvalues."""
@@ -191,35 +191,14 @@ class KroneckerInverse:
             eigenvalues={name: tensors[f"eigenvalues/{name}"] for name in self.layers},
         )
 
-    def _rotated(self, gradients: DenseRows) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Per layer its block, the gradient matrices in the eigenbasis, and ``Lambda + lambda``."""
-        for name, part in gradients.by_block().items():
-            q_out, q_in = self.vectors[name]
-            rotated = q_out.T @ self.layers[name].to_matrix(part) @ q_in
-            yield name, rotated, self.eigenvalues[name] + self.regularization[name]
+    def _rotated(self, block: str, rows: Tensor) -> Tensor:
+        """The gradient matrices in the eigenbasis, ``(n, d_out, d_in)``."""
+        q_out, q_in = self.vectors[block]
+        return q_out.T @ self.layers[block].to_matrix(rows) @ q_in
 
-
-def uniform_draws(seed: int, start: int, stop: int) -> np.ndarray:
-    """Uniform numbers in (0, 1] for samples ``start`` to ``stop - 1``: float64, one a sample, from a counter.
-
-    A sample's number depends on the seed and its index only, so that batches, chunks and workers do not matter
-    (Philox, Salmon et al. 2011; a step of its counter gives four words, of which the first is used).
-    """
-    bits = np.random.Philox(key=seed)
-    bits.advance(start)
-    words = bits.random_raw(4 * (stop - start))[::4]
-    return ((words >> np.uint64(11)) + 1) * 2.0**-53
-
-
-def _check_cross_entropy(problem: Problem) -> None:
-    loss: Callable[..., Any] = problem.loss
-    plain_module = type(loss) is nn.CrossEntropyLoss and loss.weight is None and loss.label_smoothing == 0
-    if loss is not F.cross_entropy and not plain_module:
-        raise ProblemError(
-            "labels are drawn from the model for plain cross entropy only (torch.nn.functional.cross_entropy or "
-            "torch.nn.CrossEntropyLoss without weights and smoothing). For another loss use fisher='empirical', which "
-            "takes the labels of the data."
-        )
+    def _solve(self, block: str, rows: Tensor, damped: Tensor) -> Tensor:
+        q_out, q_in = self.vectors[block]
+        return self.layers[block].to_rows(q_out @ (self._rotated(block, rows) / damped) @ q_in.T)
 
 
 def _check_invertible(eigenvalues: Mapping[str, Tensor], regularization: Mapping[str, float]) -> None:

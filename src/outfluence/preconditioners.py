@@ -1,0 +1,222 @@
+"""Preconditioners of conjugate gradient: cheap approximations of ``(A + lambda 1)^-1``, symmetric and positive.
+
+A preconditioner is a configuration; ``fit`` looks at one block's matrix and gives its `Fitted` state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from outfluence.curvature import Curvature
+from outfluence.errors import ProblemError
+from outfluence.linalg import nystroem
+
+
+class Fitted(Protocol):
+    """A preconditioner of one block."""
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All it consists of, by name."""
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """The same with other tensors of these names."""
+
+    def solve(self, columns: Tensor, regularization: float) -> Tensor:
+        """About ``(A + lambda 1)^-1`` times columns ``(P, k)``, up to a factor."""
+
+
+class Preconditioner(Protocol):
+    """How to make one."""
+
+    def fit(self, curvature: Curvature) -> Fitted:
+        """Look at the matrix of a block."""
+
+
+@dataclass(frozen=True)
+class JacobiPreconditioner:
+    """The inverse of the diagonal, which is estimated from products with random signs (Hutchinson; Bekas et al. 2007).
+
+    Args:
+        num_samples_estimator: how many random vectors; all in one pass over the data. The estimate of an entry has the
+            variance of twice the squares of the others in its row, over this number.
+        seed: of the signs.
+    """
+
+    num_samples_estimator: int = 1
+    seed: int = 0
+
+    def fit(self, curvature: Curvature) -> FittedJacobi:
+        """One pass over the data."""
+        if self.num_samples_estimator < 1:
+            raise ProblemError(f"num_samples_estimator must be at least 1: {self.num_samples_estimator}")
+        generator, like = torch.Generator().manual_seed(self.seed), next(iter(curvature.problem.parameters.values()))
+        bits = torch.randint(0, 2, (curvature.size, self.num_samples_estimator), generator=generator)
+        signs = (2 * bits - 1).to(like)
+        # An estimate may be below zero where the entry is not; its size still says how large the entry is.
+        return FittedJacobi((signs * curvature.matmat(signs)).mean(1).abs())
+
+
+@dataclass(frozen=True)
+class FittedJacobi:
+    """See `JacobiPreconditioner`.
+
+    Attributes:
+        diagonal: ``(P,)``, none below zero.
+    """
+
+    diagonal: Tensor
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """See `Fitted`."""
+        return {"diagonal": self.diagonal}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """See `Fitted`."""
+        return replace(self, diagonal=tensors["diagonal"])
+
+    def solve(self, columns: Tensor, regularization: float) -> Tensor:
+        """See `Fitted`."""
+        damped = self.diagonal + regularization
+        return columns / damped.clamp(min=torch.finfo(damped.dtype).eps * max(float(damped.amax()), 1e-30))[:, None]
+
+
+@dataclass(frozen=True)
+class NystroemPreconditioner:
+    """The inverse of a low-rank approximation, made by a random sketch (Frangella, Tropp & Udell 2023).
+
+    Args:
+        rank: of the approximation; one pass over the data multiplies all its vectors, P x rank numbers are kept.
+        seed: of the sketch.
+    """
+
+    rank: int
+    seed: int = 0
+
+    def fit(self, curvature: Curvature) -> FittedNystroem:
+        """One pass over the data."""
+        if self.rank < 1:
+            raise ProblemError(f"rank must be at least 1: {self.rank}")
+        like = next(iter(curvature.problem.parameters.values()))
+        rank = min(self.rank, curvature.size)
+        values, vectors = nystroem(curvature.matmat, curvature.size, rank, like=like, seed=self.seed)
+        return FittedNystroem(values[values > 0], vectors[:, values > 0])
+
+
+@dataclass(frozen=True)
+class FittedNystroem:
+    """See `NystroemPreconditioner`.
+
+    Attributes:
+        values: ``(k,)``, positive, the largest first.
+        vectors: ``(P, k)``.
+    """
+
+    values: Tensor
+    vectors: Tensor
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """See `Fitted`."""
+        return {"values": self.values, "vectors": self.vectors}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """See `Fitted`."""
+        return replace(self, values=tensors["values"], vectors=tensors["vectors"])
+
+    def solve(self, columns: Tensor, regularization: float) -> Tensor:
+        """``(l + lambda) U (L + lambda)^-1 U^T + 1 - U U^T``, l the least of L (Frangella et al. 2023, section 5)."""
+        if len(self.values) == 0:
+            return columns
+        inside = self.vectors.T @ columns
+        scale = (self.values[-1] + regularization) / (self.values + regularization)
+        return columns + self.vectors @ ((scale - 1)[:, None] * inside)
+
+
+@dataclass(frozen=True)
+class EkfacPreconditioner:
+    """A Kronecker-factored inverse of the Fisher: what makes exact Gauss-Newton solves affordable.
+
+    Args:
+        model: an `EkfacInfluence` of the same torch model; if it is not fitted, ``fit`` fits it to the same data. It is
+            damped as the matrix it stands for is.
+    """
+
+    model: Any
+
+    def fit(self, curvature: Curvature) -> FittedEkfac:
+        """Two passes over the data for EK-FAC, one for K-FAC; none if the model is fitted."""
+        model, problem = self.model, curvature.problem
+        if not hasattr(model, "explore_hessian_regularization"):
+            raise ProblemError(f"EkfacPreconditioner takes an EkfacInfluence, not a {type(model).__name__}")
+        names = set(problem.blocks[curvature.block])
+        blocks = {block: members for block, members in model.problem.blocks.items() if names & set(members)}
+        covered = {name for members in blocks.values() for name in members}
+        if covered != names:
+            raise ProblemError(
+                f"EkfacPreconditioner: block {curvature.block!r} must consist of whole layers of the EkfacInfluence; "
+                f"these parameters are not common to both: {', '.join(sorted(covered ^ names))}"
+            )
+        if not model.is_fitted:
+            model.fit(curvature.data)
+        sizes = {name: p.numel() for name, p in problem.parameters.items()}
+        return FittedEkfac(model.inverse, {name: sizes[name] for name in problem.blocks[curvature.block]}, blocks)
+
+
+class _Layerwise(Protocol):
+    @property
+    def tensors(self) -> dict[str, Tensor]: ...
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self: ...
+    def precondition(self, block: str, rows: Tensor, regularization: float) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class FittedEkfac:
+    """See `EkfacPreconditioner`.
+
+    Attributes:
+        inverse: the Kronecker-factored one.
+        sizes: of the parameters, in the order of the columns.
+        layers: the parameters of each layer, in the order of the inverse.
+    """
+
+    inverse: _Layerwise
+    sizes: Mapping[str, int]
+    layers: Mapping[str, tuple[str, ...]]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """See `Fitted`."""
+        return dict(self.inverse.tensors)
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """See `Fitted`."""
+        return replace(self, inverse=self.inverse.with_tensors(tensors))
+
+    def solve(self, columns: Tensor, regularization: float) -> Tensor:
+        """See `Fitted`."""
+        by_name = dict(zip(self.sizes, torch.split(columns.T, list(self.sizes.values()), dim=1), strict=True))
+        for layer, names in self.layers.items():
+            rows = torch.cat([by_name[name] for name in names], dim=1)
+            solved = self.inverse.precondition(layer, rows, regularization)
+            by_name |= dict(zip(names, torch.split(solved, [self.sizes[name] for name in names], dim=1), strict=True))
+        return torch.cat([by_name[name] for name in self.sizes], dim=1).T
+
+
+def check_preconditioner(preconditioner: Any) -> None:
+    """Refuse what is none.
+
+    Raises:
+        ProblemError: naming what is taken.
+    """
+    if preconditioner is not None and not callable(getattr(preconditioner, "fit", None)):
+        raise ProblemError(
+            f"a preconditioner must be a JacobiPreconditioner, NystroemPreconditioner or EkfacPreconditioner, not "
+            f"{preconditioner!r}"
+        )

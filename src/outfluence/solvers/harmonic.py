@@ -1,0 +1,66 @@
+"""The inverse harmonic mean: the mean of the inverses of damped rank-one terms, instead of the inverse of their mean.
+
+Per block ``(H + lambda)^-1`` is taken to be ``1/N sum_i (g_i g_i^T + lambda)^-1``, g_i a training gradient.
+By Sherman & Morrison that is ``1/lambda (1 - 1/N sum_i g_i g_i^T / (lambda + |g_i|^2))`` (DataInf: Kwon et al. 2024).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from outfluence.curvature import BATCH_SIZE
+from outfluence.data import Data
+from outfluence.errors import ProblemError
+from outfluence.problem import Problem
+from outfluence.rows import DenseRows, check_finite
+from outfluence.solvers import ReadingInverse, Regularization, per_block
+
+
+@dataclass(frozen=True)
+class HarmonicSolver:
+    """Inverse harmonic mean.
+
+    Args:
+        regularization: lambda > 0, one for all blocks or one for each.
+    """
+
+    regularization: Regularization
+
+    def fit(self, problem: Problem, data: Data) -> HarmonicInverse:
+        """Reads nothing."""
+        return HarmonicInverse(problem, data, per_block(self.regularization, problem))
+
+    def options(self) -> dict[str, Any]:
+        """None."""
+        return {}
+
+
+@dataclass(frozen=True)
+class HarmonicInverse(ReadingInverse):
+    """See the module; the mean is over all N samples, whatever the batches."""
+
+    def __post_init__(self) -> None:
+        for block, damping in self.regularization.items():
+            if not damping > 0:
+                raise ProblemError(
+                    f"the inverse harmonic mean divides by the regularization: that of block {block!r} must be > 0"
+                )
+
+    def solve(self, gradients: DenseRows) -> tuple[DenseRows, dict[str, dict[str, Any]]]:
+        """One pass over the data, whose gradients it computes again."""
+        totals = {block: torch.zeros_like(rows) for block, rows in gradients.by_block().items()}
+        size = self.source.batch_size or BATCH_SIZE
+        for i, batch in enumerate(self.source.batches(size)):
+            terms = self.problem.gradients(*batch)
+            check_finite(terms.values, "gradients", "training", i * size)
+            for block, g in terms.by_block().items():
+                weight = 1 / (self.regularization[block] + g.square().sum(1))
+                totals[block] += ((gradients.by_block()[block] @ g.T) * weight) @ g
+        solved = [
+            (rows - totals[block] / len(self.source)) / self.regularization[block]
+            for block, rows in gradients.by_block().items()
+        ]
+        return gradients.with_arrays({"values": torch.cat(solved, dim=1)}), {}
