@@ -7,7 +7,6 @@ pickles as a recipe: what lives only in memory must be stored first (`Data.store
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import mmap
 import os
@@ -234,7 +233,7 @@ class Data:
         parts = []
         for part, name in enumerate("xy"):
             arrays = (write(f"{name}{i}", total, blocks(part, i)) for i in range(len(tree_leaves(first[part]))))
-            parts.append(tree_map(partial(_next_of, arrays), first[part]))
+            parts.append(_as_arrays(tree_map(partial(_next_of, arrays), first[part]), name))
         return Data(_Arrays(*parts), batch_size=self.batch_size, fingerprint=fingerprint)
 
     def _rows_per_read(self) -> int:
@@ -244,8 +243,8 @@ class Data:
 
     def in_batches(self, size: int) -> Data:
         """This handle with another opinion on how many samples fit through the model at once."""
-        other = copy.copy(self)
-        other.batch_size = size
+        other = Data(self._source, batch_size=size, fingerprint=self._given_fingerprint)
+        other._fingerprint = self._fingerprint
         return other
 
     def saved(self, folder: str | os.PathLike[str]) -> Data:
