@@ -24,16 +24,23 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from cases import make_case
 from outfluence import (
+    ArnoldiInfluence,
+    CgInfluence,
     DaskInfluenceCalculator,
     Data,
     DirectInfluence,
     EkfacInfluence,
+    EkfacPreconditioner,
+    InverseHarmonicMeanInfluence,
+    LissaInfluence,
+    NystroemSketchInfluence,
     SequentialInfluenceCalculator,
     Store,
     open_influences,
 )
 from outfluence.errors import (
     ClusterError,
+    ConvergenceWarning,
     DataError,
     NonFiniteError,
     NotFittedError,
@@ -98,6 +105,96 @@ def test_sequential_equals_in_memory(make, mode):
     same(calculator.influences_from_factors(factors, case.train, mode, **CHUNKS).compute(), expected)
 
 
+def others(case):
+    """The methods that read their data again, and those whose rows are coordinates."""
+    model, loss, options = case.model, case.loss, {"second_order_mode": "gauss_newton"}
+    ekfac = EkfacPreconditioner(EkfacInfluence(model, True, 0.05, fisher="exact"))
+    cg = {"rtol": 1e-12, "atol": 0.0, "preconditioner": ekfac, **options}
+    return {
+        "cg": CgInfluence(model, loss, 0.05, **cg),
+        "block cg": CgInfluence(model, loss, 0.05, **cg, solve_simultaneously=True, precompute_grad=True),
+        "lissa": LissaInfluence(model, loss, 0.5, maxiter=5000, rtol=1e-11, scale=2.0, **options),
+        "harmonic": InverseHarmonicMeanInfluence(model, loss, 0.05),
+        "arnoldi": ArnoldiInfluence(model, loss, 0.05, rank=5, **options),
+        "woodbury": ArnoldiInfluence(model, loss, 0.05, rank=5, use_woodbury=True, **options),
+        "nystroem": NystroemSketchInfluence(model, loss, 0.05, 5, **options),
+        "blocks": NystroemSketchInfluence(model, loss, 0.05, 20, "parameter_wise", **options),  # some of full rank
+    }
+
+
+@pytest.mark.parametrize("mode", ["up", "perturbation"])
+@pytest.mark.parametrize("method", others(make_case("mlp")))
+def test_every_method_through_stores(method, mode, tmp_path):
+    case = make_case("mlp")
+    model = others(case)[method].fit(DataLoader(TensorDataset(*case.train), batch_size=10))
+    calculator = SequentialInfluenceCalculator(model)
+    expected = model.influences(*case.test, *case.train, mode=mode)
+    lazy = calculator.influences(case.test, case.train, mode, self_influences=True, **CHUNKS)
+    dataset = lazy.to_zarr(tmp_path / "a.zarr")
+    same(dataset["scores"], expected, 1e-8)
+    same(dataset["self_influences"], model.self_influences(*case.train), 1e-8)
+    # Factors: dense in memory; in a store, what the method works with; and scores from either.
+    dense = calculator.influence_factors(case.test).compute()
+    same(dense, model.influence_factors(*case.test), 1e-8)
+    stored = calculator.influence_factors(case.test).to_zarr(tmp_path / "f.zarr")
+    widths = {
+        "arnoldi": {"factor_coordinates": 5},
+        "woodbury": {"factor_coordinates": 5, "factor_identity": 43},
+        "nystroem": {"factor_coordinates": 5, "factor_identity": 43},
+        "blocks": {"factor_coordinates": 3 + 5 + 15 + 20, "factor_identity": 43},
+    }.get(method, {"factors": 43})
+    assert {name: array.shape for name, array in stored.data_vars.items()} == {n: (7, w) for n, w in widths.items()}
+    for factors in (dense, stored):
+        same(calculator.influences_from_factors(factors, case.train, mode, **CHUNKS).compute(), expected, 1e-8)
+
+
+@pytest.mark.parametrize("method", ["cg", "lissa", "harmonic", "arnoldi", "nystroem"])
+def test_every_method_on_dask_workers(method, client, tmp_path):
+    case = make_case("mlp")
+    model = others(case)[method].fit(case.train)  # in memory only: stored beside the result for the workers
+    lazy = DaskInfluenceCalculator(model, client).influences(case.test, case.train, self_influences=True, **CHUNKS)
+    dataset = lazy.to_zarr(tmp_path / "a.zarr")
+    same(dataset["scores"], model.influences(*case.test, *case.train), 1e-8)
+    same(dataset["self_influences"], model.self_influences(*case.train), 1e-8)
+    assert not (tmp_path / "a.zarr" / "inputs").exists()
+
+
+def test_coordinates_of_another_rank_are_refused(tmp_path):
+    case = make_case("mlp")
+    model, other = (ArnoldiInfluence(case.model, case.loss, 0.05, rank=rank).fit(case.train) for rank in (5, 4))
+    stored = SequentialInfluenceCalculator(model).influence_factors(case.test).to_zarr(tmp_path / "f.zarr")
+    with pytest.raises(DataError, match="of another method or rank"):
+        SequentialInfluenceCalculator(other).influences_from_factors(stored, case.train)
+    with pytest.raises(DataError, match="holds no factors of DirectInfluence"):
+        SequentialInfluenceCalculator(direct(case)).influences_from_factors(stored, case.train)
+
+
+def test_solves_that_did_not_converge_are_told_to_the_client(client, tmp_path):
+    case = make_case("mlp")
+    model = CgInfluence(case.model, case.loss, 0.05, maxiter=2, rtol=1e-8, second_order_mode="gauss_newton")
+    lazy = DaskInfluenceCalculator(model.fit(case.train), client).influences(case.test, case.train, **CHUNKS)
+    with pytest.warns(
+        ConvergenceWarning, match=r"3 warning\(s\) from tasks of 'factors', the first: conjugate gradient"
+    ):
+        lazy.to_zarr(tmp_path / "a.zarr")
+    assert "stopped after 2 iterations" in Store(tmp_path / "a.zarr").receipt("factors", 0)["warnings"][0]
+
+
+def test_a_conjugate_gradient_solve_keeps_to_its_plan(fresh_client, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(100, 400), nn.Tanh(), nn.Linear(400, 10))
+    train = torch.randn(600, 100), torch.randint(0, 10, (600,))
+    test = torch.randn(130, 100), torch.randint(0, 10, (130,))
+    options = {"maxiter": 4, "warn_on_max_iteration": False, "second_order_mode": "gauss_newton"}
+    influence = CgInfluence(model, F.cross_entropy, 0.1, **options).fit(train)
+    lazy = DaskInfluenceCalculator(influence, fresh_client).influences(test, train, memory_limit="700MiB")
+    lazy.to_zarr(tmp_path / "a.zarr")
+    store = Store(tmp_path / "a.zarr")
+    for stage in lazy.plan.stages:
+        peak = max(store.receipt(stage.name, task)["peak_bytes"] for task in range(stage.n_tasks))
+        assert 0 < peak <= sum(lazy.plan.memory(stage.name).values()) <= 700 << 20
+
+
 @pytest.mark.parametrize("name", ["cnn", "dict_inputs", "tuple_inputs", "attention", "mlp_regression"])
 def test_any_inputs_and_layers(name, tmp_path):
     case = make_case(name)
@@ -148,18 +245,18 @@ def test_any_chunks_and_any_part_done_give_the_same_store(tmp_path_factory, test
 
 def counted(monkeypatch):
     counts = {"factors": 0, "gradients": 0}
-    gradient_rows, left_rows = InfluenceModel.gradient_rows, InfluenceModel.left_rows
+    gradient_rows, encode = InfluenceModel.gradient_rows, InfluenceModel.encode
 
     def count_gradients(self, x, y, *args):
         counts["gradients"] += len(x)
         return gradient_rows(self, x, y, *args)
 
-    def count_factors(self, x, y, *args):
-        counts["factors"] += len(x)
-        return left_rows(self, x, y, *args)
+    def count_factors(self, gradients, *args):
+        counts["factors"] += len(gradients)
+        return encode(self, gradients, *args)
 
     monkeypatch.setattr(InfluenceModel, "gradient_rows", count_gradients)
-    monkeypatch.setattr(InfluenceModel, "left_rows", count_factors)
+    monkeypatch.setattr(InfluenceModel, "encode", count_factors)
     return counts
 
 

@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import reference
 from cases import make_case
-from outfluence import DirectInfluence, EkfacInfluence
+from outfluence import Data, DirectInfluence, EkfacInfluence, Problem
 from outfluence.errors import NonFiniteError, ProblemError, SingularMatrixError, UnsupportedLayerError
-from outfluence.solvers.kronecker import uniform_draws
+from outfluence.likelihood import find_likelihood, uniform_draws
 
 LAMBDA = 0.02
 
@@ -53,7 +53,7 @@ def labels_and_weights(model, train, fisher, seed=0):
         return y[:, None], torch.ones(len(x), 1)
     if fisher == "exact":
         return torch.arange(3).expand(len(x), 3), probabilities
-    below = probabilities.numpy().cumsum(1) < uniform_draws(seed, 0, len(x))[:, None]
+    below = probabilities.numpy().cumsum(1) < uniform_draws(seed, 0, len(x))
     return torch.from_numpy(below.sum(1))[:, None], torch.ones(len(x), 1)
 
 
@@ -148,8 +148,11 @@ def test_the_seed_is_used():
 def test_draws_depend_on_seed_and_index_only():
     whole = uniform_draws(5, 0, 10_000)
     assert np.array_equal(np.concatenate([uniform_draws(5, 0, 13), uniform_draws(5, 13, 10_000)]), whole)
-    assert 0 < whole.min() < whole.max() <= 1
+    assert 0 < whole.min() < whole.max() < 1
     assert abs(whole.mean() - 0.5) < 0.01
+    wide = uniform_draws(5, 0, 1000, 6)
+    assert np.array_equal(np.concatenate([uniform_draws(5, 0, 13, 6), uniform_draws(5, 13, 1000, 6)]), wide)
+    assert np.abs(np.corrcoef(wide.T) - np.eye(6)).max() < 0.15
     assert not np.array_equal(uniform_draws(6, 0, 10_000), whole)
 
 
@@ -281,12 +284,140 @@ class Focal(nn.CrossEntropyLoss):
         return super().forward(z, y) ** 2
 
 
-@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(label_smoothing=0.1), F.mse_loss, _picky, Focal()])
-def test_labels_are_drawn_for_plain_cross_entropy_only(loss):
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+        nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 1.0]).double(), reduction="sum"),
+        F.smooth_l1_loss,
+        nn.BCEWithLogitsLoss(pos_weight=torch.tensor([2.0]).double()),
+        _picky,
+        Focal(),
+    ],
+)
+def test_labels_are_drawn_from_known_distributions_only(loss):
     model, train, _ = mlp()
-    data = train if loss is not F.mse_loss else (train[0], torch.randn(24, 3).double())
-    with pytest.raises(ProblemError, match="plain cross entropy only"):
+    classes = isinstance(loss, nn.CrossEntropyLoss) or loss is _picky
+    data = train if classes else (train[0], (torch.randn(24, 3) > 0).double())
+    with pytest.raises(ProblemError, match=r"labels can be drawn .* this loss is none of these.*fisher='empirical'"):
         EkfacInfluence(model, True, LAMBDA, loss=loss).fit(data)
+    EkfacInfluence(model, True, LAMBDA, loss=loss, fisher="empirical").fit(data)
+
+
+def _wrapped(z, y):
+    return 3 * F.cross_entropy(z, y, reduction="sum")
+
+
+@pytest.mark.parametrize(
+    ("loss", "family", "scale"),
+    [
+        (F.cross_entropy, "categorical", 1),
+        (nn.CrossEntropyLoss(reduction="sum"), "categorical", 1),
+        (_wrapped, "categorical", 3),
+        (F.mse_loss, "gaussian", 2 / 3),
+        (nn.MSELoss(reduction="sum"), "gaussian", 2),
+        (lambda z, y: 0.5 * (z - y).square().sum(), "gaussian", 1),
+        (F.binary_cross_entropy_with_logits, "bernoulli", 1 / 3),
+        (nn.BCEWithLogitsLoss(reduction="sum"), "bernoulli", 1),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_losses_are_recognised_however_they_are_written(loss, family, scale, dtype):
+    model, (x, y), _ = mlp()
+    y = y if family == "categorical" else (torch.randn(24, 3) > 0).to(dtype)
+    batch = Data.from_arrays(x.to(dtype), y).rows(slice(0, 2))
+    likelihood = find_likelihood(Problem(model.to(dtype), loss), batch)
+    assert likelihood.family == family
+    assert likelihood.scale == pytest.approx(scale, rel=1e-5)
+
+
+def kinds(name, x, z, y, fisher):
+    """Labels and factors, (n, k) lists, whose gradients' outer products add up to the Fisher of the loss."""
+    n, d = z.shape
+    u = torch.from_numpy(uniform_draws(0, 0, n, d))
+    if fisher == "empirical":
+        return [(y, 1.0)]
+    if fisher == "sampled":
+        if name == "mlp_regression":  # a mean over d outputs: variance d / 2
+            return [(z - torch.special.ndtri(u) * (d / 2) ** 0.5, 1.0)]
+        return [((u <= z.sigmoid()).double(), d)]
+    # The exact expectation: all labels of each output, weighted; other outputs at labels whose gradient is zero.
+    result = []
+    for c in range(d):
+        unit = torch.eye(d, dtype=z.dtype)[c]
+        if name == "mlp_regression":
+            result.append((z - unit * (d / 2) ** 0.5, 1.0))
+        else:
+            p = z.sigmoid()
+            for value in (0.0, 1.0):
+                chance = p[:, c] if value else 1 - p[:, c]
+                result.append((torch.where(unit.bool(), torch.full_like(z, value), p), d * chance))
+    return result
+
+
+@pytest.mark.parametrize("update_diagonal", [False, True], ids=["kfac", "ekfac"])
+@pytest.mark.parametrize("fisher", ["sampled", "exact", "empirical"])
+@pytest.mark.parametrize("name", ["mlp_regression", "bernoulli"])
+def test_other_losses_equal_the_dense_kronecker_formulas(name, fisher, update_diagonal):
+    case = make_case(name)
+    x, y = case.train
+    influence = EkfacInfluence(case.model, update_diagonal, LAMBDA, loss=case.loss, fisher=fisher)
+    influence.fit(DataLoader(TensorDataset(x, y), batch_size=10))
+    by_layer = influence.influences_by_layer(*case.test, x, y)
+    z = case.model(x).detach()
+    for layer in ("0", "2"):
+        module = case.model.get_submodule(layer)
+        a = x if layer == "0" else case.model[:2](x).detach()
+        a = torch.cat([a, torch.ones(24, 1).double()], dim=1).numpy()
+        names = [f"{layer}.weight", f"{layer}.bias"]
+        matrices = []
+        for labels, weight in kinds(name, x, z, y, fisher):
+            # Gradients of the bias are the output gradients.
+            g = reference.gradients(case.model, case.loss, x, labels, [f"{layer}.bias"])
+            matrices.append((g, np.broadcast_to(np.asarray(weight, dtype=float), (24,))))
+        a_cov = a.T @ a / 24
+        g_cov = sum((g * w[:, None]).T @ g for g, w in matrices) / 24
+        expected = np.kron(g_cov, a_cov)
+        if update_diagonal:
+            basis = np.kron(np.linalg.eigh(g_cov)[1], np.linalg.eigh(a_cov)[1])
+            rows = [(np.einsum("ni,nj->nij", g, a).reshape(24, -1), w) for g, w in matrices]
+            diagonal = sum((w[:, None] * (r @ basis) ** 2).sum(0) for r, w in rows) / 24
+            expected = basis @ np.diag(diagonal) @ basis.T
+        left, right = (
+            reference.bias_last(reference.gradients(case.model, case.loss, *d, names), *module.weight.shape)
+            for d in (case.test, (x, y))
+        )
+        scores = reference.influences(expected, LAMBDA, left, right)
+        assert np.abs(by_layer[layer].numpy() - scores).max() <= 1e-8 * np.abs(scores).max()
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, F.binary_cross_entropy_with_logits])
+@pytest.mark.parametrize("update_diagonal", [False, True])
+def test_one_linear_layer_is_exact_for_other_losses_too(loss, update_diagonal):
+    """Gaussian: the output factor does not depend on the input; Bernoulli: with a zero weight neither."""
+    model = nn.Linear(4, 3).double()
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    data = torch.randn(24, 4).double(), (torch.randn(24, 3) > 0).double()
+    expected = DirectInfluence(model, loss, LAMBDA, second_order_mode="gauss_newton").fit(data)
+    influence = EkfacInfluence(model, update_diagonal, LAMBDA, loss=loss, fisher="exact").fit(data)
+    assert torch.allclose(influence.influences(*data), expected.influences(*data), rtol=1e-8, atol=1e-10)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return {"logits": self.model(x)}
+
+
+def test_outputs_may_be_wrapped():
+    model, train, test = mlp()
+    plain = EkfacInfluence(model, True, LAMBDA).fit(train).influences(*test)
+    wrapped = EkfacInfluence(Wrapped(model), True, LAMBDA, loss=lambda z, y: F.cross_entropy(z["logits"], y)).fit(train)
+    assert torch.allclose(wrapped.influences(*test), plain, rtol=1e-10)
 
 
 def test_a_singular_fisher_is_refused_with_a_way_out():

@@ -469,11 +469,11 @@ def test_ekfac_takes_a_third_of_the_iterations_of_plain_cg_on_a_trained_network(
     test = tuple(part[:3] for part in data)
     counts = {}
     for name in ("plain", "ekfac"):
-        ekfac = EkfacInfluence(model, True, 1e-4, fisher="exact")  # fitted when the solver is
+        ekfac = EkfacInfluence(model, True, 1e-5, fisher="exact")  # fitted when the solver is
         influence = CgInfluence(
             model,
             F.cross_entropy,
-            1e-4,
+            1e-5,
             rtol=1e-2,
             atol=0.0,
             preconditioner=EkfacPreconditioner(ekfac) if name == "ekfac" else None,

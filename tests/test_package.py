@@ -10,14 +10,30 @@ import pytest
 
 import outfluence
 from outfluence import (
+    ArnoldiInfluence,
     BlockMode,
+    CgInfluence,
     DaskInfluenceCalculator,
     DirectInfluence,
     EkfacInfluence,
+    EkfacPreconditioner,
     InfluenceMode,
+    InverseHarmonicMeanInfluence,
+    InverseHvpResult,
+    JacobiPreconditioner,
+    LissaInfluence,
+    NystroemPreconditioner,
+    NystroemSketchInfluence,
     Problem,
     SecondOrderMode,
     SequentialInfluenceCalculator,
+    TorchTwiceDifferentiable,
+    compute_influence_factors,
+    compute_influences,
+    compute_linear_influences,
+    open_influences,
+    solve_hvp,
+    top_k,
 )
 
 
@@ -60,6 +76,51 @@ def test_every_public_name_is_there():
             "model, update_diagonal=False, hessian_regularization=0.0, progress=False, "
             "*, loss=cross_entropy, fisher=SAMPLED, seed=0",
         ),
+        (
+            CgInfluence,
+            "model, loss, regularization=None, rtol=0.0001, atol=1e-06, maxiter=None, progress=False, "
+            "precompute_grad=False, preconditioner=None, solve_simultaneously=False, warn_on_max_iteration=True, "
+            "block_structure=FULL, second_order_mode=HESSIAN",
+        ),
+        (
+            LissaInfluence,
+            "model, loss, regularization=None, maxiter=1000, dampen=0.0, scale=10.0, rtol=0.0001, progress=False, "
+            "warn_on_max_iteration=True, block_structure=FULL, second_order_mode=HESSIAN",
+        ),
+        (
+            ArnoldiInfluence,
+            "model, loss, regularization=None, rank=10, krylov_dimension=None, tol=1e-06, max_iter=None, "
+            "eigen_computation_on_gpu=False, block_structure=FULL, second_order_mode=HESSIAN, use_woodbury=False",
+        ),
+        (
+            NystroemSketchInfluence,
+            "model, loss, regularization, rank, block_structure=FULL, second_order_mode=HESSIAN",
+        ),
+        (InverseHarmonicMeanInfluence, "model, loss, regularization, block_structure=FULL"),
+        (JacobiPreconditioner, "num_samples_estimator=1, seed=0"),
+        (NystroemPreconditioner, "rank, seed=0"),
+        (EkfacPreconditioner, "model"),
+        (TorchTwiceDifferentiable, "model, loss, device=None"),
+        (TorchTwiceDifferentiable.grad, "self, x, y"),
+        (TorchTwiceDifferentiable.hessian, "self, x, y"),
+        (TorchTwiceDifferentiable.mvp, "self, x, y, vectors"),
+        (InverseHvpResult, "x, info"),
+        (
+            compute_influences,
+            "problem, training_data, *, test_data=None, input_data=None, inversion_method='direct', "
+            "influence_type=Up, hessian_regularization=0.0, progress=False, **options",
+        ),
+        (
+            compute_influence_factors,
+            "problem, training_data, test_data, inversion_method, *, hessian_regularization=0.0, progress=False, "
+            "**options",
+        ),
+        (solve_hvp, "inversion_method, problem, training_data, b, *, hessian_regularization=0.0, **options"),
+        (
+            compute_linear_influences,
+            "x_train, y_train, x_test, y_test, influence_type=Up, hessian_regularization=0.0",
+        ),
+        (open_influences, "path"),
         (Problem, "model, loss, block_structure=FULL"),
         (SequentialInfluenceCalculator, "model"),
         (DaskInfluenceCalculator, "model, client=None"),
@@ -86,8 +147,20 @@ def test_signatures_are_those_of_the_design(function, signature):
             keyword_only = True
             parts.append("*")
         empty = parameter.default is parameter.empty
+        name = f"**{name}" if parameter.kind is parameter.VAR_KEYWORD else name  # noqa: PLW2901
         parts.append(name if empty else f"{name}={default(parameter.default)}")
     assert ", ".join(parts) == signature
+
+
+def test_every_influence_model_shares_its_verbs():
+    verbs = ("fit", "influence_factors", "influences", "influences_from_factors", "with_regularization", "to")
+    verbs += ("influence_factors_by_block", "influences_by_block", "influences_from_factors_by_block", "is_fitted")
+    models = [getattr(outfluence, name) for name in outfluence.__all__ if name.endswith("Influence")]
+    assert len(models) == 7
+    for model in models:
+        for verb in verbs:
+            assert getattr(model, verb) is getattr(DirectInfluence, verb)
+    assert list(inspect.signature(top_k).parameters)[1] == "k"
 
 
 @pytest.mark.parametrize("calculator", [SequentialInfluenceCalculator, DaskInfluenceCalculator])
@@ -105,4 +178,4 @@ def test_enums_and_strings_are_the_same():
     assert InfluenceMode("up") is InfluenceMode.Up == "up"
     assert InfluenceMode("perturbation") is InfluenceMode.Perturbation
     assert [str(mode) for mode in BlockMode] == ["full", "layer_wise", "parameter_wise"]
-    assert [str(mode) for mode in SecondOrderMode] == ["hessian", "gauss_newton"]
+    assert [str(mode) for mode in SecondOrderMode] == ["hessian", "gauss_newton", "fisher", "empirical_fisher"]
