@@ -28,6 +28,7 @@ docs: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/calculators.py
+	$(BIN)/python benchmarks/solvers.py
 
 clean:
 	rm -rf .venv runs site
