@@ -37,7 +37,7 @@ def trained(x, y, hidden):
 
 
 def ways(model):
-    ekfac = EkfacPreconditioner(EkfacInfluence(model, True, REGULARIZATION, fisher="exact"))
+    ekfac = EkfacPreconditioner(EkfacInfluence(model, True, fisher="exact"))
     return {
         "plain": {},
         "block": {"solve_simultaneously": True},

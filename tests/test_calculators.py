@@ -160,14 +160,40 @@ def test_every_method_on_dask_workers(method, client, tmp_path):
     assert not (tmp_path / "a.zarr" / "inputs").exists()
 
 
-def test_coordinates_of_another_rank_are_refused(tmp_path):
+def test_coordinates_of_another_fit_are_refused(tmp_path):
     case = make_case("mlp")
-    model, other = (ArnoldiInfluence(case.model, case.loss, 0.05, rank=rank).fit(case.train) for rank in (5, 4))
+    some = tuple(part[:12] for part in case.train)
+    options = {"regularization": 0.05, "rank": 5}
+    model, refit, less, lower = (
+        ArnoldiInfluence(case.model, case.loss, **o).fit(data)
+        for o, data in ((options, case.train), (options, case.train), (options, some), (options | {"rank": 4}, some))
+    )
     stored = SequentialInfluenceCalculator(model).influence_factors(case.test).to_zarr(tmp_path / "f.zarr")
-    with pytest.raises(DataError, match="of another method or rank"):
-        SequentialInfluenceCalculator(other).influences_from_factors(stored, case.train)
+    for other in (less, lower):
+        with pytest.raises(DataError, match="in the basis of another fit"):
+            SequentialInfluenceCalculator(other).influences_from_factors(stored, case.train)
+    scores = SequentialInfluenceCalculator(refit).influences_from_factors(
+        open_influences(tmp_path / "f.zarr"), case.train
+    )
+    same(scores.compute(), model.influences(*case.test, *case.train))
     with pytest.raises(DataError, match="holds no factors of DirectInfluence"):
         SequentialInfluenceCalculator(direct(case)).influences_from_factors(stored, case.train)
+
+
+class Chatty(nn.Sequential):
+    def forward(self, x):
+        warnings.warn("hello", FutureWarning, stacklevel=2)
+        return super().forward(x)
+
+
+def test_other_warnings_of_tasks_stay_what_they_are(tmp_path):
+    case = make_case("mlp")
+    with pytest.warns(FutureWarning, match="hello"):
+        model = DirectInfluence(Chatty(*case.model), case.loss, 0.05).fit(case.train)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        SequentialInfluenceCalculator(model).influences(case.test, case.train).to_zarr(tmp_path / "a.zarr")
+    assert {one.category for one in caught} == {FutureWarning}
 
 
 def test_solves_that_did_not_converge_are_told_to_the_client(client, tmp_path):

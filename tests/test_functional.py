@@ -142,6 +142,17 @@ def test_right_hand_sides_are_checked():
     case = make_case("mlp")
     with pytest.raises(DataError, match=r"right-hand sides must be \(n, 43\)"):
         solve_hvp("direct", Problem(case.model, case.loss), case.train, torch.zeros(2, 42))
+    with pytest.raises(DataError, match="NaN or infinite"):
+        solve_hvp("direct", Problem(case.model, case.loss), case.train, torch.full((43,), float("nan")))
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_no_right_hand_sides_and_zeros(method):
+    case = make_case("mlp")
+    options = {"hessian_regularization": LAMBDA, **OPTIONS[method]}
+    for n in (0, 2):
+        result = solve_hvp(method, Problem(case.model, case.loss), case.train, torch.zeros(n, 43).double(), **options)
+        assert torch.equal(result.x, torch.zeros(n, 43).double())
 
 
 def test_torch_twice_differentiable(case):
@@ -165,6 +176,7 @@ def test_a_problem_on_another_device_leaves_the_model():
     assert problem.device.type == "meta"
     assert {p.device.type for p in case.model.parameters()} == {"cpu"}
     assert TorchTwiceDifferentiable(case.model, case.loss, device="cpu").model is case.model
+    assert TorchTwiceDifferentiable(case.model, case.loss).to("meta").device.type == "meta"
 
 
 @pytest.mark.parametrize("outputs", [1, 3])

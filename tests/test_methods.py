@@ -38,6 +38,7 @@ from outfluence.errors import (
     SingularMatrixError,
 )
 from outfluence.likelihood import find_likelihood, uniform_draws
+from outfluence.linalg import conjugate_gradient
 from outfluence.rows import CoordinateRows
 
 LAMBDA = 0.05
@@ -469,7 +470,7 @@ def test_ekfac_takes_a_third_of_the_iterations_of_plain_cg_on_a_trained_network(
     test = tuple(part[:3] for part in data)
     counts = {}
     for name in ("plain", "ekfac"):
-        ekfac = EkfacInfluence(model, True, 1e-5, fisher="exact")  # fitted when the solver is
+        ekfac = EkfacInfluence(model, True, fisher="exact")  # fitted with the solver, damped as it is
         influence = CgInfluence(
             model,
             F.cross_entropy,
@@ -530,6 +531,50 @@ def test_block_cg_needs_fewer_products():
         influence = CgInfluence(model, F.mse_loss, 1e-5, **TIGHT, solve_simultaneously=block).fit(data)
         counts.append(influence.inverse.solve(influence.gradient_rows(*data))[1]["all"]["iterations"].max())
     assert counts[1] < counts[0] / 5
+
+
+@pytest.mark.parametrize("block", [False, True])
+def test_truncated_cg_keeps_what_it_has(block):
+    """The residual may rise at first; the error, in the norm of the matrix, falls with every step."""
+    torch.manual_seed(0)
+    q = torch.linalg.qr(torch.randn(200, 200).double())[0]
+    matrix = q @ torch.diag(torch.logspace(-4, 0, 200).double()) @ q.T
+    b = q @ (torch.randn(200, 3).double() * torch.logspace(0, -2, 200).double()[:, None])
+    exact = torch.linalg.solve(matrix, b)
+    before = (exact * b).sum(0)
+    for maxiter in (2, 5, 20):
+        solution = conjugate_gradient(lambda v: matrix @ v, b, rtol=1e-8, atol=0.0, maxiter=maxiter, block=block)
+        error = solution.x - exact
+        energy = (error * (matrix @ error)).sum(0)
+        assert (energy < before).all()
+        assert torch.allclose(solution.residual, (b - matrix @ solution.x).norm(dim=0) / b.norm(dim=0))
+        assert not solution.converged.any()
+        before = energy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_lissa_on_a_singular_matrix_stagnates_but_does_not_diverge(dtype):
+    model = nn.Linear(30, 1).to(dtype)
+    data = torch.randn(8, 30, dtype=dtype), torch.randn(8, 1, dtype=dtype)
+    scale = 1.2 * float(np.linalg.eigvalsh(reference.hessian(model, F.mse_loss, *data))[-1])
+    influence = LissaInfluence(model, F.mse_loss, scale=scale, maxiter=3000).fit(data)
+    with pytest.warns(ConvergenceWarning, match="LiSSA on block 'all'"):
+        influence.influence_factors(torch.randn(3, 30, dtype=dtype), torch.randn(3, 1, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda *a: NystroemSketchInfluence(*a, 2), lambda *a: ArnoldiInfluence(*a, 2, use_woodbury=True)]
+)
+def test_a_matrix_of_zeros_leaves_lambda(make):
+    model = nn.Linear(30, 1).double()
+    data = torch.randn(8, 30).double(), torch.randn(8, 1).double()
+
+    def absolute(z, y):
+        return (z - y).abs().sum()
+
+    influence = make(model, absolute, 0.5).fit(data)
+    rows = torch.from_numpy(reference.gradients(model, absolute, *data))
+    assert torch.allclose(influence.influences(*data), 2 * rows @ rows.T)
 
 
 @pytest.mark.parametrize("block", [False, True])

@@ -49,6 +49,7 @@ from outfluence.executors import (
     current_client,
     dask_executor,
 )
+from outfluence.fingerprint import fingerprint
 from outfluence.influence import InfluenceModel
 from outfluence.modes import InfluenceMode
 from outfluence.plan import Plan, make_plan, parse_bytes
@@ -329,7 +330,7 @@ class LazyInfluences:
         if store is None:
             plan = self.plan
             try:
-                store = Store.create(path, _specs(plan), _coordinates(plan), _about(identity, plan))
+                store = Store.create(path, _specs(plan), _coordinates(plan), _about(job, identity, plan))
             except StoreError:
                 if replaced is not None:
                     replaced.rename(path)
@@ -508,10 +509,18 @@ def _coordinates(plan: Plan) -> dict[str, int]:
     return {dim: n for dim, n in (("test", plan.work.n_test), ("train", plan.work.n_train)) if n}
 
 
-def _about(identity: dict[str, Any], plan: Plan) -> dict[str, Any]:
+def _basis(model: InfluenceModel) -> str | None:
+    """What the coordinates of this very fit refer to; None if its rows are no coordinates."""
+    if "values" in model.empty_rows().arrays:
+        return None
+    return fingerprint({name: tensor.cpu() for name, tensor in model.inverse.tensors.items()})
+
+
+def _about(job: Job, identity: dict[str, Any], plan: Plan) -> dict[str, Any]:
     packages = ("outfluence", "torch", "numpy", "zarr", "xarray", "dask", "distributed")
     return {
         "identity": identity,
+        "basis": _basis(job.model),
         "plan": plan.to_json(),
         "tasks": {stage.name: stage.n_tasks for stage in plan.stages},
         "versions": {"python": platform.python_version(), **{name: version_of(name) for name in packages}},
@@ -527,6 +536,11 @@ def _factor_data(factors: Any, model: InfluenceModel) -> Data:
         if "factors" in factors:
             factors = factors["factors"]
         elif names.keys() <= set(factors.data_vars):
+            if factors.attrs.get("outfluence", {}).get("basis") != _basis(model):
+                raise DataError(
+                    "these factors are coordinates in the basis of another fit or rank: compute them again with this "
+                    "model, or keep the model that made them"
+                )
             factors = {name: factors[variable].data for variable, name in names.items()}
         else:
             raise DataError(f"the dataset holds no factors of {type(model).__name__}, only {list(factors.data_vars)}")
@@ -534,14 +548,10 @@ def _factor_data(factors: Any, model: InfluenceModel) -> Data:
         factors = factors.data
     data = Data.from_arrays(factors)
     x = data.rows(slice(0, 1)).x
-    widths = {name: tuple(array.shape[1:]) for name, array in (x if isinstance(x, dict) else {"factors": x}).items()}
-    expected = {name: tuple(a.shape[1:]) for name, a in wanted.items()} if isinstance(x, dict) else {}
-    if widths != (expected or {"factors": (model.n_parameters,)}):
-        shape = ", ".join(map(str, widths.get("factors", ())))
+    if not isinstance(x, dict) and tuple(x.shape[1:]) != (model.n_parameters,):
         raise DataError(
-            f"factors must be (n_test, {model.n_parameters}), one column for each parameter; got (n_test, {shape})"
-            if "factors" in widths
-            else f"the factors are of another method or rank: their widths are {widths}, the model's {expected}"
+            f"factors must be (n_test, {model.n_parameters}), one column for each parameter; got (n_test, "
+            f"{', '.join(map(str, x.shape[1:]))})"
         )
     return data
 

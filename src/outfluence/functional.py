@@ -76,6 +76,10 @@ class TorchTwiceDifferentiable(Problem):
             moved = Problem(model, loss).to(device)
             object.__setattr__(self, "model", moved.model)
 
+    def to(self, device: torch.device | str) -> TorchTwiceDifferentiable:
+        """This problem on a device; the user's model stays where it is."""
+        return TorchTwiceDifferentiable(self.model, self.loss, device)
+
     @property
     def num_params(self) -> int:
         """P, the number of trainable parameters."""
@@ -184,6 +188,8 @@ def solve_hvp(
     """
     progress = bool(options.pop("progress", False))
     rows = _right_hand_sides(problem, b)
+    if not rows.isfinite().all():
+        raise DataError("a right-hand side has NaN or infinite entries")
     model = _model(inversion_method, problem, hessian_regularization, progress, options).fit(training_data)
     result = _solve(model, problem, rows)
     return InverseHvpResult(result.x.reshape(b.shape), result.info)

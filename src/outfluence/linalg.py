@@ -89,6 +89,9 @@ def conjugate_gradient(
         moved = x[:, open_] + step.x
         after = b[:, open_] - matmat(moved)
         better = torch.linalg.vector_norm(after, dim=0) < size[open_]  # NaN is not
+        if not step.negative_curvature:  # residuals may rise while the error falls: 1/2 x^T A x - b^T x says so
+            energy = -((b + residual) * x)[:, open_].sum(0) / 2
+            better |= -((b[:, open_] + after) * moved).sum(0) / 2 < energy
         x[:, open_[better]], residual[:, open_[better]] = moved[:, better], after[:, better]
         if not (torch.linalg.vector_norm(residual[:, open_], dim=0) < size[open_] / 2).any():
             break  # as far as this precision goes
@@ -226,6 +229,9 @@ def _lanczos(matmat: Matmat, size: int, like: Tensor, options: dict[str, Any]) -
 
     operator = scipy.sparse.linalg.LinearOperator((size, size), matvec=matvec, dtype=np.float64)
     start = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
+    if not matvec(start).any():  # ARPACK takes no zero matrix
+        basis = torch.linalg.qr(torch.randn(size, options["k"], generator=torch.Generator().manual_seed(0)).double())[0]
+        return like.new_zeros(options["k"]), basis.to(like)
     try:
         values, vectors = scipy.sparse.linalg.eigsh(operator, v0=start, rng=0, **options)
     except scipy.sparse.linalg.ArpackNoConvergence as error:
@@ -295,7 +301,7 @@ def nystroem(matmat: Matmat, size: int, rank: int, *, like: Tensor, seed: int = 
     core = sketch.double().T @ image
     values, vectors = torch.linalg.eigh((core + core.T) / 2)
     if float(values.abs().amax()) == 0:
-        return like.new_zeros(0), like.new_zeros(size, 0)
+        return like.new_zeros(1), sketch[:, :1]
     kept = values.abs() > 10 * rank * torch.finfo(like.dtype).eps * values.abs().amax()
     half = image @ (vectors[:, kept] / values[kept].abs().sqrt())  # A is about half diag(sign) half^T
     q, r = torch.linalg.qr(half)

@@ -148,8 +148,8 @@ class EkfacPreconditioner:
     conjugate gradient may need fewer: compare `InverseHvpResult.info`.
 
     Args:
-        model: an `EkfacInfluence` of the same torch model; if it is not fitted, ``fit`` fits it to the same data. It is
-            damped as the matrix it stands for is.
+        model: an `EkfacInfluence` of the same torch model. If it is not fitted, its factors are computed from the data
+            of the solver. They are damped as the matrix they stand for is, whatever its own regularization.
     """
 
     model: Any
@@ -167,10 +167,15 @@ class EkfacPreconditioner:
                 f"EkfacPreconditioner: block {curvature.block!r} must consist of whole layers of the EkfacInfluence; "
                 f"these parameters are not common to both: {', '.join(sorted(covered ^ names))}"
             )
-        if not model.is_fitted:
-            model.fit(curvature.data)
+        # Its own damping is of no account here: without any, the Fisher of a classifier's last layer has no inverse.
+        fitted = (
+            model.inverse
+            if model.is_fitted
+            else replace(model.solver, regularization=1.0).fit(model.problem, curvature.data)
+        )
+        inverse = fitted.with_tensors({k: t.to(problem.device, problem.dtype) for k, t in fitted.tensors.items()})
         sizes = {name: p.numel() for name, p in problem.parameters.items()}
-        return FittedEkfac(model.inverse, {name: sizes[name] for name in problem.blocks[curvature.block]}, blocks)
+        return FittedEkfac(inverse, {name: sizes[name] for name in problem.blocks[curvature.block]}, blocks)
 
 
 class _Layerwise(Protocol):

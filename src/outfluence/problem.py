@@ -7,6 +7,7 @@ no train/eval switch, no device. Vectors over the parameters are laid out block 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -114,14 +115,15 @@ class Problem:
     def flatten(self, tensors: Mapping[str, Tensor], names: Iterable[str] | None = None) -> Tensor:
         """Tensors by parameter, with equal leading axes ``(n,)``, as rows ``(n, sum of sizes)``."""
         parts = [tensors[name] for name in (self.names if names is None else names)]
-        return torch.cat([part.reshape(part.shape[0], -1) for part in parts], dim=1)
+        return torch.cat([part.reshape(part.shape[0], math.prod(part.shape[1:])) for part in parts], dim=1)
 
     def unflatten(self, rows: Tensor, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Rows ``(n, sum of sizes)`` as tensors ``(n, *shape)`` by parameter: the inverse of `flatten`."""
         parameters = self.parameters
         chosen = list(parameters if names is None else names)
         parts = torch.split(rows, [parameters[name].numel() for name in chosen], dim=1)
-        return {name: part.reshape(-1, *parameters[name].shape) for name, part in zip(chosen, parts, strict=True)}
+        n = rows.shape[0]
+        return {name: part.reshape(n, *parameters[name].shape) for name, part in zip(chosen, parts, strict=True)}
 
     def output(self, parameters: Mapping[str, Tensor], x: Tree) -> Any:
         """The model's output for a batch, as a function of (some of) its parameters."""

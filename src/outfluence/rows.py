@@ -147,6 +147,8 @@ def check_finite(rows: Tensor, what: str, samples: str, start: int = 0) -> None:
     Raises:
         NonFiniteError: naming the first ten offending samples.
     """
+    if rows.numel() == 0:
+        return
     # The maximum norm carries NaN and infinity to one number a sample and makes no copy of the rows.
     worst = torch.linalg.vector_norm(rows.flatten(1) if rows.ndim > 1 else rows[:, None], ord=float("inf"), dim=1)
     bad = (start + torch.nonzero(~torch.isfinite(worst))[:, 0]).tolist()

@@ -193,6 +193,9 @@ def run_task(job: Job, stage: str, task: int) -> dict[str, Any]:
     with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         written, checksums = (_factors if stage == "factors" else _strip)(job, store, samples, watch)
+    for one in caught:
+        if not issubclass(one.category, ConvergenceWarning):
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
     receipt = {
         "stage": stage,
         "task": task,
@@ -202,7 +205,7 @@ def run_task(job: Job, stage: str, task: int) -> dict[str, Any]:
         "checksums": checksums,
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
         "worker": f"{socket.gethostname()}:{os.getpid()}",
-        "warnings": [str(one.message) for one in caught],
+        "warnings": [str(one.message) for one in caught if issubclass(one.category, ConvergenceWarning)],
         **watch.report(),
     }
     store.leave_receipt(stage, task, receipt)

@@ -23,8 +23,8 @@ from outfluence.solvers import ReadingInverse, Regularization, per_block
 
 #: Most products of conjugate gradient for a right-hand side, if nobody says.
 _MAXITER = 1000
-#: A relative residual of so many units in the last place does not have to go on falling.
-_AS_GOOD_AS_IT_GETS = 1e4
+#: Units in the last place that are taken for rounding errors.
+_ROUNDING = 1e4
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,9 @@ class LissaInverse(ReadingInverse):
                     anchor, rest, error = x, after, error_after
                 elif epoch > 1:
                     epoch //= 2
-                elif error.max() <= _AS_GOOD_AS_IT_GETS * torch.finfo(b.dtype).eps:
+                elif error_after.norm() <= error.norm() * (1 + _ROUNDING * torch.finfo(b.dtype).eps):
+                    break  # as far as it goes: at working precision, or the rest of b is out of the matrix's reach
+                elif error.max() <= _ROUNDING * torch.finfo(b.dtype).eps:
                     break
                 else:
                     raise ConvergenceError(self._diagnosis(curvature, matmat))
@@ -269,7 +271,7 @@ class LissaInverse(ReadingInverse):
     def _diagnosis(self, curvature: Curvature, matmat: Callable[[Tensor], Tensor]) -> str:
         smallest, largest = extreme_eigenvalues(matmat, curvature.size, next(iter(self.problem.parameters.values())))
         what = f"LiSSA diverges on block {curvature.block!r} at scale {self.solver.scale:g}"
-        if smallest <= 0:
+        if smallest < -_ROUNDING * torch.finfo(self.problem.dtype).eps * abs(largest):
             return (
                 f"{what}, and would at any other: the regularized matrix has a negative eigenvalue, about "
                 f"{smallest:.1e}. Raise the regularization by more than that, or use second_order_mode='gauss_newton'."
