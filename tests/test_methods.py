@@ -229,13 +229,16 @@ def fits(case):
 
 
 NAMES = [name for name, _ in fits(None)]
+#: 24 samples for 43 parameters, and for 12.
+SIZES = ["mlp", "logistic"]
 #: Relative agreement of two solves of the same system; 1e-9 where nothing iterates.
 PRECISION = {"lissa": 1e-6, **{name: 1e-7 for name in NAMES if "cg" in name}}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_fit_does_not_depend_on_batches_or_their_order(name):
-    case = make_case("mlp")
+@pytest.mark.parametrize("problem", SIZES)
+def test_fit_does_not_depend_on_batches_or_their_order(problem, name):
+    case = make_case(problem)
     fit = dict(fits(case))[name]
     expected = fit(loader(case.train, 24)).influences(*case.test, *case.train).numpy()
     order = torch.randperm(24)
@@ -246,8 +249,9 @@ def test_fit_does_not_depend_on_batches_or_their_order(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_fitted_models_are_pickled_copied_and_saved(name):
-    case = make_case("mlp")
+@pytest.mark.parametrize("problem", SIZES)
+def test_fitted_models_are_pickled_copied_and_saved(problem, name):
+    case = make_case(problem)
     model = dict(fits(case))[name](case.train)
     expected = model.influences(*case.test, *case.train)
     file = io.BytesIO()
@@ -280,8 +284,9 @@ def test_what_reads_the_data_again_holds_a_handle(method, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_another_regularization_without_another_fit(name):
-    case = make_case("mlp")
+@pytest.mark.parametrize("problem", SIZES)
+def test_another_regularization_without_another_fit(problem, name):
+    case = make_case(problem)
     fit = dict(fits(case))[name]
     first = fit(case.train)
     again = first.with_regularization(0.3)
@@ -316,8 +321,9 @@ def test_perturbation_equals_finite_differences_of_the_scores(name, n_test, n_tr
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_self_influences_are_the_diagonal(name):
-    case = make_case("mlp")
+@pytest.mark.parametrize("problem", SIZES)
+def test_self_influences_are_the_diagonal(problem, name):
+    case = make_case(problem)
     model = dict(fits(case))[name](case.train)
     whole = model.influences(*case.train)
     close(model.self_influences(*case.train), whole.diagonal().numpy(), PRECISION.get(name, 1e-9))
@@ -628,8 +634,11 @@ def test_lissa_that_diverges_names_a_scale_that_works():
     close(model.influence_factors(*case.test), exact.influence_factors(*case.test).numpy(), 1e-4)
 
 
-def test_lissa_on_an_indefinite_matrix_says_that_no_scale_works():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_lissa_on_an_indefinite_matrix_says_that_no_scale_works(dtype):
     case = make_case("mlp_regression")
+    case.model.to(dtype)
+    case.train, case.test = (tuple(part.to(dtype) for part in data) for data in (case.train, case.test))
     model = LissaInfluence(case.model, case.loss, LAMBDA, maxiter=20_000).fit(loader(case.train))
     with pytest.raises(ConvergenceError, match=r"would at any other: .* negative eigenvalue.*gauss_newton"):
         model.influence_factors(*case.test)

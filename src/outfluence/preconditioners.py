@@ -143,9 +143,9 @@ class FittedNystroem:
 class EkfacPreconditioner:
     """A Kronecker-factored inverse of the Fisher, for solves with the Gauss-Newton or Fisher matrix.
 
-    It pays where inputs are badly scaled and samples outnumber parameters: a quarter of the products on a small network
-    on raw pixels (``tests/test_methods.py``). Where the network has more parameters than the data determine, plain
-    conjugate gradient may need fewer: compare `InverseHvpResult.info`.
+    It pays where inputs are badly scaled, samples outnumber parameters and lambda is small: a fifth of the products on
+    a small network on raw pixels. Where the network has more parameters than the data determine, or lambda is large,
+    plain conjugate gradient may need fewer (``benchmarks/solvers.py`` counts both).
 
     Args:
         model: an `EkfacInfluence` of the same torch model. If it is not fitted, its factors are computed from the data
