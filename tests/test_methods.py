@@ -691,3 +691,12 @@ def test_float32(method):
     scores = make(case.model, case.loss, LAMBDA, second_order_mode="gauss_newton").fit(train).influences(*test, *train)
     assert scores.dtype == torch.float32
     close(scores.double(), expected, max(TOLERANCE.get(method, 0), 1e-3))
+
+
+def test_a_store_of_truncated_solves_is_not_continued_with_another_preconditioner():
+    case = make_case("mlp")
+    ekfac = EkfacPreconditioner(EkfacInfluence(case.model, True, 0.1))
+    kinds = [None, JacobiPreconditioner(1), JacobiPreconditioner(2), NystroemPreconditioner(3), ekfac]
+    texts = [str(CgInfluence(case.model, case.loss, preconditioner=kind).solver.options()) for kind in kinds]
+    assert len(set(texts)) == len(kinds)
+    assert not any(" at 0x" in text for text in texts)  # the same in every process

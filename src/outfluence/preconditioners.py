@@ -6,7 +6,7 @@ A preconditioner is a configuration; ``fit`` looks at one block's matrix and giv
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
 import torch
@@ -152,7 +152,7 @@ class EkfacPreconditioner:
             of the solver. They are damped as the matrix they stand for is, whatever its own regularization.
     """
 
-    model: Any
+    model: Any = field(repr=False)
 
     def fit(self, curvature: Curvature) -> FittedEkfac:
         """Two passes over the data for EK-FAC, one for K-FAC; none if the model is fitted."""

@@ -75,7 +75,7 @@ class CgSolver:
             "atol": self.atol,
             "maxiter": self.maxiter,
             "solve_simultaneously": self.solve_simultaneously,
-            "preconditioner": None if self.preconditioner is None else type(self.preconditioner).__name__,
+            "preconditioner": None if self.preconditioner is None else repr(self.preconditioner),
         }
 
 
