@@ -164,7 +164,7 @@ def compute_influence_factors(
     test = Data.of(test_data)
     model = _model(inversion_method, problem, hessian_regularization, progress, options).fit(training_data)
     model.check(test, "test")
-    return _solve(model, problem, _gradients(model, test, "test", progress).values)
+    return _solve(model, _gradients(model, test, "test", progress).values)
 
 
 def solve_hvp(
@@ -191,7 +191,7 @@ def solve_hvp(
     if not rows.isfinite().all():
         raise DataError("a right-hand side has NaN or infinite entries")
     model = _model(inversion_method, problem, hessian_regularization, progress, options).fit(training_data)
-    result = _solve(model, problem, rows)
+    result = _solve(model, rows)
     return InverseHvpResult(result.x.reshape(b.shape), result.info)
 
 
@@ -281,16 +281,13 @@ def _model(
     return model
 
 
-def _solve(model: InfluenceModel, problem: Problem, rows: Tensor) -> InverseHvpResult:
-    # The blocks of the method (layers, for ekfac) may order the parameters differently.
-    ordered = model.problem.flatten(problem.unflatten(rows))
-    solved, by_block = model.inverse.solve(DenseRows(ordered, model.problem.sections))
-    x = problem.flatten(model.problem.unflatten(solved.values))
+def _solve(model: InfluenceModel, rows: Tensor) -> InverseHvpResult:
+    solved, by_block = model.inverse.solve(model.as_rows(rows))
     keys = {key: None for block in by_block.values() for key in block}
     info: dict[str, Any] = {key: {name: block[key] for name, block in by_block.items()} for key in keys}
     if len(model.problem.blocks) == 1:
         info = {key: next(iter(values.values())) for key, values in info.items()}
-    return InverseHvpResult(x, info)
+    return InverseHvpResult(solved.values, info)
 
 
 def _gradients(model: InfluenceModel, data: Data, whose: str, progress: bool) -> DenseRows:
