@@ -66,6 +66,11 @@ class Curvature:
         return int(section.stop - section.start)
 
     @property
+    def like(self) -> Tensor:
+        """A tensor of the matrix's type and device."""
+        return next(iter(self.problem.parameters.values()))
+
+    @property
     def batch_size(self) -> int:
         """Samples at a time."""
         return self.data.batch_size or BATCH_SIZE

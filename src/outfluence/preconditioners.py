@@ -55,9 +55,9 @@ class JacobiPreconditioner:
         """One pass over the data."""
         if self.num_samples_estimator < 1:
             raise ProblemError(f"num_samples_estimator must be at least 1: {self.num_samples_estimator}")
-        generator, like = torch.Generator().manual_seed(self.seed), next(iter(curvature.problem.parameters.values()))
+        generator = torch.Generator().manual_seed(self.seed)
         bits = torch.randint(0, 2, (curvature.size, self.num_samples_estimator), generator=generator)
-        signs = (2 * bits - 1).to(like)
+        signs = (2 * bits - 1).to(curvature.like)
         # An estimate may be below zero where the entry is not; its size still says how large the entry is.
         return FittedJacobi((signs * curvature.matmat(signs)).mean(1).abs())
 
@@ -103,9 +103,8 @@ class NystroemPreconditioner:
         """One pass over the data."""
         if self.rank < 1:
             raise ProblemError(f"rank must be at least 1: {self.rank}")
-        like = next(iter(curvature.problem.parameters.values()))
         rank = min(self.rank, curvature.size)
-        values, vectors = nystroem(curvature.matmat, curvature.size, rank, like=like, seed=self.seed)
+        values, vectors = nystroem(curvature.matmat, curvature.size, rank, like=curvature.like, seed=self.seed)
         return FittedNystroem(values[values > 0], vectors[:, values > 0])
 
 

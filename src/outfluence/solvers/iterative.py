@@ -266,7 +266,7 @@ class LissaInverse(ReadingInverse):
         return anchor, error, step
 
     def _refuse_divergence(self, curvature: Curvature, matmat: Callable[[Tensor], Tensor]) -> None:
-        smallest, largest = extreme_eigenvalues(matmat, curvature.size, next(iter(self.problem.parameters.values())))
+        smallest, largest = extreme_eigenvalues(matmat, curvature.size, curvature.like)
         what = f"LiSSA diverges on block {curvature.block!r} at scale {self.solver.scale:g}"
         if smallest < -_ROUNDING * torch.finfo(self.problem.dtype).eps * abs(largest):
             raise ConvergenceError(

@@ -63,7 +63,7 @@ class ArnoldiSolver:
                 curvature.matmat,
                 curvature.size,
                 self.rank,
-                like=_like(problem),
+                like=curvature.like,
                 krylov_dimension=self.krylov_dimension,
                 tol=self.tol,
                 maxiter=self.max_iter,
@@ -107,7 +107,7 @@ class NystroemSolver:
         for block in problem.blocks:
             curvature = Curvature(problem, data, block, self.second_order_mode)
             rank = min(self.rank, curvature.size)
-            pairs[block] = nystroem(curvature.matmat, curvature.size, rank, like=_like(problem), seed=self.seed)
+            pairs[block] = nystroem(curvature.matmat, curvature.size, rank, like=curvature.like, seed=self.seed)
         return LowRankInverse.of(pairs, regularization, True, problem.sections)
 
     def options(self) -> dict[str, Any]:
@@ -242,7 +242,3 @@ class LowRankInverse(Inverse):
 def _check_rank(rank: int) -> None:
     if not isinstance(rank, int) or rank < 1:
         raise ProblemError(f"rank must be a whole number, at least 1, not {rank!r}")
-
-
-def _like(problem: Problem) -> Tensor:
-    return next(iter(problem.parameters.values()))
