@@ -1,13 +1,13 @@
 """Second-order matrices of a block of parameters, as means over the samples of a data set.
 
-The loop over data, weighted by samples, is written once; a matrix is the few lines that multiply one batch's sum.
+The loop over data is `Data.total`; a matrix is the few lines that multiply one batch's sum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import grad, vjp, vmap
 from torch.utils import _pytree
 
-from outfluence.data import Batch, Data, Tree
+from outfluence.data import BATCH_SIZE, Batch, Data, Tree, tree_leaves, tree_map
 from outfluence.errors import NonFiniteError
 from outfluence.layers import sum_of_losses
 from outfluence.likelihood import Likelihood, find_likelihood, the_tensor, uniform_draws
@@ -23,8 +23,7 @@ from outfluence.modes import SecondOrderMode
 from outfluence.problem import Problem
 from outfluence.rows import check_finite
 
-#: Samples at a time where the data has no opinion, and vectors at a time. Their product bounds the memory of a product.
-BATCH_SIZE = 256
+#: Vectors that a batch is multiplied with at a time; with the size of a batch it bounds the memory of a product.
 VECTORS = 64
 
 #: Tensors by parameter name.
@@ -77,17 +76,48 @@ class Curvature:
 
     def matmat(self, vectors: Tensor) -> Tensor:
         """The matrix times vectors: ``(P, k)`` to ``(P, k)``, in one pass over the data."""
-        return self._multiply(self.batches(), vectors)
+        total = self.data.total(ProductSum(self._matrix, vectors.T.contiguous()))
+        return total["product"].T / len(self.data)
 
     def precomputed(self) -> Callable[[Tensor], Tensor]:
         """Like `matmat`, for many calls: what does not depend on the vectors is kept, for all of the data."""
-        return partial(self._multiply, list(self.batches()))
+        size, matrix = self.batch_size, self._matrix
+        products = [matrix.product(batch, i * size) for i, batch in enumerate(self.data.batches(size))]
 
-    def batches(self) -> Iterator[tuple[slice, Product]]:
-        """The samples of each batch, and the product of their sum."""
-        size = self.batch_size
-        for i, batch in enumerate(self.data.batches(size)):
-            yield slice(i * size, i * size + size), self.product(batch, i * size)
+        def matmat(vectors: Tensor) -> Tensor:
+            rows = vectors.T.contiguous()
+            total = torch.zeros_like(rows)
+            for i, product in enumerate(products):
+                total += product(rows)
+                if not total.isfinite().all():
+                    matrix.blame(self.data.rows(slice(i * size, i * size + size)), i * size)
+            return total.T / len(self.data)
+
+        return matmat
+
+    def product(self, batch: Batch, start: int) -> Product:
+        """The sum over the samples of a batch, the first of which has index ``start``, times vectors."""
+        return self._matrix.product(batch, start)
+
+    def dense(self) -> Tensor:
+        """The matrix, ``(P, P)``, symmetric."""
+        matrix = self.matmat(torch.eye(self.size, dtype=self.problem.dtype, device=self.problem.device))
+        return (matrix + matrix.T) / 2
+
+    @property
+    def _matrix(self) -> BatchMatrix:
+        likelihood = self.likelihood if self.mode is SecondOrderMode.FISHER else None
+        return BatchMatrix(self.problem, self.block, self.mode, likelihood)
+
+
+@dataclass(frozen=True)
+class BatchMatrix:
+    """The sum of a second-order matrix over the samples of whatever batch; see `Curvature`."""
+
+    problem: Problem
+    block: str
+    mode: SecondOrderMode
+    likelihood: Likelihood | None
 
     def product(self, batch: Batch, start: int) -> Product:
         """The sum over the samples of a batch, the first of which has index ``start``, times vectors."""
@@ -99,6 +129,7 @@ class Curvature:
             case SecondOrderMode.GAUSS_NEWTON:
                 multiply = _gauss_newton(problem, names, batch)
             case SecondOrderMode.FISHER:
+                assert self.likelihood is not None
                 multiply = _fisher(problem, names, batch, start, self.likelihood)
             case SecondOrderMode.EMPIRICAL_FISHER:
                 multiply = _outer(problem.block_gradients(*batch, names), start, "gradients")
@@ -110,27 +141,45 @@ class Curvature:
 
         return in_parts
 
-    def dense(self) -> Tensor:
-        """The matrix, ``(P, P)``, symmetric."""
-        matrix = self.matmat(torch.eye(self.size, dtype=self.problem.dtype, device=self.problem.device))
-        return (matrix + matrix.T) / 2
+    def blame(self, batch: Batch, start: int) -> None:
+        """Name the samples of a batch whose matrix is not finite, one by one: the solve has failed anyway.
 
-    def _multiply(self, batches: Any, vectors: Tensor) -> Tensor:
-        rows = vectors.T.contiguous()
-        total = torch.zeros_like(rows)
-        for samples, product in batches:
-            total += product(rows)
-            if not total.isfinite().all():
-                self._blame(samples)
-        return total.T / len(self.data)
-
-    def _blame(self, samples: slice) -> None:
-        """Name the samples of a batch whose curvature is not finite, one by one: the solve has failed anyway."""
-        ones = torch.ones(1, self.size, dtype=self.problem.dtype, device=self.problem.device)
-        start, stop, _ = samples.indices(len(self.data))
-        products = [self.product(self.data.rows(slice(i, i + 1)), i)(ones) for i in range(start, stop)]
+        Raises:
+            NonFiniteError: always.
+        """
+        section = self.problem.sections[self.block]
+        ones = torch.ones(1, section.stop - section.start, dtype=self.problem.dtype, device=self.problem.device)
+        products = []
+        for i in range(len(tree_leaves(batch.x)[0])):
+            sample = Batch(*(tree_map(lambda t: t[i : i + 1], part) for part in batch))  # noqa: B023 - used at once
+            products.append(self.product(sample, start + i)(ones))
         check_finite(torch.cat(products), f"second derivatives ({self.mode})", "training", start)
         raise NonFiniteError(f"the {self.mode} of block {self.block!r} overflows {self.problem.dtype}", ())
+
+
+@dataclass(frozen=True)
+class ProductSum:
+    """A statistic: the sum of a matrix over samples, times vectors.
+
+    Attributes:
+        matrix: which.
+        rows: the vectors, ``(k, P)``.
+    """
+
+    matrix: BatchMatrix
+    rows: Tensor
+
+    @property
+    def vectors(self) -> int:
+        """How many are multiplied at once."""
+        return min(len(self.rows), VECTORS)
+
+    def __call__(self, batch: Batch, start: int) -> dict[str, Tensor]:
+        """See `Statistic`."""
+        product = self.matrix.product(batch, start)(self.rows)
+        if not product.isfinite().all():
+            self.matrix.blame(batch, start)
+        return {"product": product}
 
 
 def pseudo_problem(problem: Problem) -> Problem:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
 from torch.utils.data import default_collate as torch_collate
+from tqdm.auto import tqdm
 
 from outfluence.errors import DataError
 from outfluence.fingerprint import tensor_bytes
@@ -32,6 +33,12 @@ from outfluence.fingerprint import tensor_bytes
 Tree = Any
 #: What `Data.of` understands: a `Data`, a DataLoader, a map-style Dataset, or a pair of arrays ``(x, y)``.
 DataLike = Any
+
+#: A sum over samples: given a batch and the index of its first sample, named tensors, to be added up over batches.
+Statistic = Callable[["Batch", int], dict[str, Tensor]]
+
+#: Samples at a time where the data has no opinion.
+BATCH_SIZE = 256
 
 _RECIPE_LIMIT = 1 << 20  # bytes: what pickles smaller is a recipe, not data
 _READ_BYTES = 32 << 20  # bytes read at a time where a whole data set is walked
@@ -188,6 +195,21 @@ class Data:
             yield batch
         if hashes is not None:
             self._fingerprint = hashes.digest()
+
+    def total(self, statistic: Statistic, progress: str | None = None) -> dict[str, Tensor]:
+        """The sum of a statistic over all samples, in one pass.
+
+        Everything that is fitted is fitted by such sums; a handle that adds them up elsewhere fits elsewhere.
+
+        Args:
+            statistic: of a batch; must not depend on the other batches, nor keep the tensors it gives.
+            progress: a text for a bar over batches; None: no bar.
+        """
+        size, sums = self.batch_size or BATCH_SIZE, dict[str, Tensor]()
+        steps = tqdm(range(0, len(self), size), progress, disable=progress is None)
+        for start, batch in zip(steps, self.batches(size), strict=True):
+            add_to(sums, statistic(batch, start))
+        return sums
 
     @property
     def fingerprint(self) -> str:
@@ -389,6 +411,15 @@ class _DaskArray:
     def __getitem__(self, index: slice) -> np.ndarray:
         rows = self.array[index]
         return np.asarray(rows.compute() if self.on_cluster else rows.compute(scheduler="synchronous"))
+
+
+def add_to(sums: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+    """Add named tensors to others, in place; names that are not there yet are taken over."""
+    for name, tensor in more.items():
+        if name in sums:
+            sums[name] += tensor
+        else:
+            sums[name] = tensor
 
 
 def tree_map(function: Callable[[Any], Any], tree: Tree) -> Tree:

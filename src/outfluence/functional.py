@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from outfluence.curvature import BATCH_SIZE, Curvature
-from outfluence.data import Data, DataLike, Tree
+from outfluence.curvature import Curvature
+from outfluence.data import BATCH_SIZE, Data, DataLike, Tree
 from outfluence.errors import DataError, ProblemError
 from outfluence.influence import (
     ArnoldiInfluence,

@@ -8,7 +8,7 @@ outputs only, never the parameters, and nothing is left behind on the model.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -117,7 +117,7 @@ class Recording:
         return {name: _positions(g.detach()) for name, g in zip(self._outputs, grads, strict=True)}
 
 
-def record(problem: Problem, layers: dict[str, LinearLayer], x: Tree) -> Recording:
+def record(problem: Problem, layers: Mapping[str, LinearLayer], x: Tree) -> Recording:
     """Run a batch through the model and record its linear layers.
 
     Raises:

@@ -6,13 +6,14 @@ By Sherman & Morrison that is ``1/lambda (1 - 1/N sum_i g_i g_i^T / (lambda + |g
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from outfluence.curvature import BATCH_SIZE
-from outfluence.data import Data
+from outfluence.data import Batch, Data
 from outfluence.errors import ProblemError
 from outfluence.problem import Problem
 from outfluence.rows import DenseRows, check_finite
@@ -51,16 +52,28 @@ class HarmonicInverse(ReadingInverse):
 
     def solve(self, gradients: DenseRows) -> tuple[DenseRows, dict[str, dict[str, Any]]]:
         """One pass over the data, whose gradients it computes again."""
-        totals = {block: torch.zeros_like(rows) for block, rows in gradients.by_block().items()}
-        size = self.source.batch_size or BATCH_SIZE
-        for i, batch in enumerate(self.source.batches(size)):
-            terms = self.problem.gradients(*batch)
-            check_finite(terms.values, "gradients", "training", i * size)
-            for block, g in terms.by_block().items():
-                weight = 1 / (self.regularization[block] + g.square().sum(1))
-                totals[block] += ((gradients.by_block()[block] @ g.T) * weight) @ g
+        total = self.source.total(HarmonicSum(self.problem, gradients, self.regularization))
         solved = [
-            (rows - totals[block] / len(self.source)) / self.regularization[block]
+            (rows - total[block] / len(self.source)) / self.regularization[block]
             for block, rows in gradients.by_block().items()
         ]
         return gradients.with_arrays({"values": torch.cat(solved, dim=1)}), {}
+
+
+@dataclass(frozen=True)
+class HarmonicSum:
+    """A statistic: ``sum_i g_i g_i^T / (lambda + |g_i|^2)`` of each block, times gradients."""
+
+    problem: Problem
+    gradients: DenseRows
+    regularization: Mapping[str, float]
+
+    def __call__(self, batch: Batch, start: int) -> dict[str, Tensor]:
+        """See `Statistic`."""
+        terms = self.problem.gradients(*batch)
+        check_finite(terms.values, "gradients", "training", start)
+        sums = {}
+        for block, g in terms.by_block().items():
+            weight = 1 / (self.regularization[block] + g.square().sum(1))
+            sums[block] = ((self.gradients.by_block()[block] @ g.T) * weight) @ g
+        return sums

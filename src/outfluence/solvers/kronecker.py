@@ -11,15 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from outfluence.curvature import BATCH_SIZE, draws
-from outfluence.data import Batch, Data, tree_leaves
+from outfluence.curvature import draws
+from outfluence.data import Batch, Data, add_to
 from outfluence.errors import SingularMatrixError
 from outfluence.layers import LinearLayer, check_layers, linear_layers, record, sum_of_losses
 from outfluence.likelihood import Likelihood, find_likelihood, the_tensor
@@ -62,29 +60,17 @@ class KroneckerSolver:
         for start in {0, len(data) // 2, max(0, len(data) - 4)}:
             check_layers(problem, layers, data.rows(slice(start, start + 4)))
 
-        zeros = partial(torch.zeros, dtype=problem.dtype, device=problem.device)
-        inputs = {name: zeros(layer.d_in, layer.d_in) for name, layer in layers.items()}
-        outputs = {name: zeros(layer.d_out, layer.d_out) for name, layer in layers.items()}
-        for name, a, d, first in self._moments(problem, layers, data, likelihood, "covariances"):
-            if first:
-                flat = a.flatten(0, 1)
-                inputs[name] += flat.T @ flat / (a.shape[1] * len(data))
-            flat = d.flatten(0, 1)
-            outputs[name] += flat.T @ flat / len(data)
-        bases = {name: (_eigh(outputs[name]), _eigh(inputs[name])) for name in layers}
-        eigenvalues = {name: torch.outer(g[0], a[0]) for name, (g, a) in bases.items()}
+        moments = MomentSum(problem, layers, likelihood, self.fisher, self.seed)
+        sums = data.total(moments, "covariances" if self.progress else None)
+        bases = {
+            name: (_eigh(sums[f"out/{name}"] / len(data)), _eigh(sums[f"in/{name}"] / len(data))) for name in layers
+        }
         vectors = {name: (g[1], a[1]) for name, (g, a) in bases.items()}
-
         if self.update_diagonal:
-            eigenvalues = {name: torch.zeros_like(value) for name, value in eigenvalues.items()}
-            for name, a, d, _ in self._moments(problem, layers, data, likelihood, "eigenvalues"):
-                q_out, q_in = vectors[name]
-                rotated_d, rotated_a = d @ q_out, a @ q_in
-                if a.shape[1] == 1:  # squared entries of an outer product factor: no per-sample gradient is formed
-                    square = rotated_d[:, 0].square().T @ rotated_a[:, 0].square()
-                else:
-                    square = (rotated_d.mT @ rotated_a).square().sum(0)
-                eigenvalues[name] += square / len(data)
+            sums = data.total(replace(moments, vectors=vectors), "eigenvalues" if self.progress else None)
+            eigenvalues = {name: sums[name] / len(data) for name in layers}
+        else:
+            eigenvalues = {name: torch.outer(g[0], a[0]) for name, (g, a) in bases.items()}
         _check_invertible(eigenvalues, regularization)
         return KroneckerInverse(layers, vectors, eigenvalues, regularization)
 
@@ -92,38 +78,65 @@ class KroneckerSolver:
         """What the fit depends on."""
         return {"update_diagonal": self.update_diagonal, "fisher": str(self.fisher), "seed": self.seed}
 
-    def _moments(
-        self, problem: Problem, layers: dict[str, LinearLayer], data: Data, likelihood: Likelihood | None, what: str
-    ) -> Iterator[tuple[str, Tensor, Tensor, bool]]:
-        """For each batch, label and layer: block, inputs, output gradients, whether inputs are new.
 
-        They are not for the second and later labels of the exact expectation.
-        """
-        size, start = data.batch_size or BATCH_SIZE, 0
-        steps = tqdm(data.batches(size), what, total=-(-len(data) // size), disable=not self.progress)
-        for batch in steps:
-            recording = record(problem, layers, batch.x)
-            for i, total in enumerate(self._labelled(problem, recording.output, batch, start, likelihood)):
-                gradients = recording.output_gradients(total)
-                for name in layers:
-                    for moments, whose in ((recording.inputs[name], "inputs"), (gradients[name], "output gradients")):
-                        check_finite(moments, f"{whose} of layer {name!r}", "training", start)
-                    yield name, recording.inputs[name], gradients[name], i == 0
-            start += len(tree_leaves(batch.x)[0])
+@dataclass(frozen=True)
+class MomentSum:
+    """A statistic: second moments of what goes into the layers and of the output gradients.
 
-    def _labelled(
-        self, problem: Problem, output: Any, batch: Batch, start: int, likelihood: Likelihood | None
-    ) -> Iterator[Tensor]:
+    Attributes:
+        problem: model and loss.
+        layers: the layer of each block.
+        likelihood: of the labels that are drawn; None: those of the data.
+        fisher: whose labels the output gradients are taken at.
+        seed: of the sampled labels.
+        vectors: per block eigenvectors ``(Q_out, Q_in)``. With them the sums are the second moments of gradients in
+            their basis, ``(d_out, d_in)`` by block; without, the covariances ``out/BLOCK`` and ``in/BLOCK``.
+    """
+
+    problem: Problem
+    layers: Mapping[str, LinearLayer]
+    likelihood: Likelihood | None
+    fisher: FisherMode
+    seed: int
+    vectors: Mapping[str, tuple[Tensor, Tensor]] | None = None
+
+    def __call__(self, batch: Batch, start: int) -> dict[str, Tensor]:
+        """See `Statistic`."""
+        recording = record(self.problem, self.layers, batch.x)
+        sums = dict[str, Tensor]()
+        for name, a in recording.inputs.items():
+            check_finite(a, f"inputs of layer {name!r}", "training", start)
+            if self.vectors is None:
+                flat = a.flatten(0, 1)
+                sums[f"in/{name}"] = flat.T @ flat / a.shape[1]
+        for total in self._labelled(recording.output, batch, start):
+            gradients = recording.output_gradients(total)
+            for name in self.layers:
+                check_finite(gradients[name], f"output gradients of layer {name!r}", "training", start)
+                add_to(sums, self._moments(name, recording.inputs[name], gradients[name]))
+        return sums
+
+    def _moments(self, name: str, a: Tensor, d: Tensor) -> dict[str, Tensor]:
+        if self.vectors is None:
+            flat = d.flatten(0, 1)
+            return {f"out/{name}": flat.T @ flat}
+        q_out, q_in = self.vectors[name]
+        rotated_d, rotated_a = d @ q_out, a @ q_in
+        if a.shape[1] == 1:  # squared entries of an outer product factor: no per-sample gradient is formed
+            return {name: rotated_d[:, 0].square().T @ rotated_a[:, 0].square()}
+        return {name: (rotated_d.mT @ rotated_a).square().sum(0)}
+
+    def _labelled(self, output: Any, batch: Batch, start: int) -> Iterator[Tensor]:
         """For each set of labels a scalar whose gradients' second moments add up to the Fisher."""
-        if likelihood is None:
-            yield sum_of_losses(problem, output, problem.on_device(batch.y))
+        if self.likelihood is None:
+            yield sum_of_losses(self.problem, output, self.problem.on_device(batch.y))
             return
         z = the_tensor(output)
         if self.fisher is FisherMode.SAMPLED:
-            s = likelihood.sampled(z.detach(), draws(self.seed, start, z, likelihood))
+            s = self.likelihood.sampled(z.detach(), draws(self.seed, start, z, self.likelihood))
             yield (z * s).sum()
             return
-        for s in likelihood.expected(z.detach()):
+        for s in self.likelihood.expected(z.detach()):
             yield (z * s).sum()
 
 
