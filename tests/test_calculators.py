@@ -157,7 +157,7 @@ def test_every_method_on_dask_workers(method, client, tmp_path):
     dataset = lazy.to_zarr(tmp_path / "a.zarr")
     same(dataset["scores"], model.influences(*case.test, *case.train), 1e-8)
     same(dataset["self_influences"], model.self_influences(*case.train), 1e-8)
-    assert not (tmp_path / "a.zarr" / "inputs").exists()
+    assert not (tmp_path / "a.zarr" / "work").exists()
 
 
 def test_coordinates_of_another_fit_are_refused(tmp_path):
@@ -425,8 +425,8 @@ def test_nothing_large_passes_through_the_scheduler_and_nothing_stays(client, ml
     assert not client.run_on_scheduler(
         lambda dask_scheduler: [k for k in map(str, dask_scheduler.tasks) if "scores" in k]
     )
-    assert all(client.run(lambda: __import__("outfluence.tasks").tasks._job_from.cache_info().currsize == 0).values())
-    assert not (path / "inputs").exists()
+    assert all(client.run(lambda: __import__("outfluence.tasks").tasks.job_from.cache_info().currsize == 0).values())
+    assert not (path / "work").exists()
     receipts = Store(path).receipts("scores")
     assert len(receipts) == 29
     assert max(len(json.dumps(r)) for r in receipts) < 2000
@@ -467,8 +467,8 @@ class Forgetful:
     def __getattr__(self, name):
         return getattr(self.client, name)
 
-    def map(self, function, tasks, **options):
-        futures = self.client.map(function, tasks, **options)
+    def map(self, function, *numbers, **options):
+        futures = self.client.map(function, *numbers, **options)
         self.client.cancel(futures[len(futures) // 2 :], force=True)
         return futures
 
@@ -479,9 +479,9 @@ def test_tasks_that_the_cluster_loses_are_failures(client, mlp32, tmp_path, monk
     calculator = DaskInfluenceCalculator(model, client)
     lazy = calculator.influences(test, train, train_chunk=20)
     calculator.client = Forgetful(client)
-    with pytest.raises(RunError, match=r"task\(s\) of 'factors' failed"):
+    with pytest.raises(RunError, match=r"factors of samples \d+ to \d+"):
         lazy.to_zarr(tmp_path / "a.zarr")
-    assert (tmp_path / "a.zarr" / "inputs" / "inverse.pt").exists()
+    assert (tmp_path / "a.zarr" / "work" / "inverse.pt").exists()
     calculator.client = client
     same(lazy.to_zarr(tmp_path / "a.zarr")["scores"], model.influences(*test, *train), 1e-5)
 
@@ -560,12 +560,12 @@ def test_a_finished_task_is_not_done_again(mlp32, tmp_path):
     lazy = SequentialInfluenceCalculator(model).influences(test, train, train_chunk=40)
     lazy.to_zarr(tmp_path / "a.zarr")
     job = dataclasses.replace(
-        lazy._job, plan=lazy.plan, store=tmp_path / "a.zarr", store_id=Store(tmp_path / "a.zarr").id
+        lazy.job, plan=lazy.plan, store=tmp_path / "a.zarr", store_id=Store(tmp_path / "a.zarr").id
     )
     first = Store(job.store).receipt("scores", 2)
-    assert run_task(job, "scores", 2) == first
+    assert run_task(job, "scores", (), 2).items() <= first.items()
     (job.store / "receipts" / "scores-00000002.json").unlink()
-    assert run_task(job, "scores", 2)["finished"] > first["finished"]
+    assert run_task(job, "scores", (), 2)["finished"] > first["finished"]
 
 
 @pytest.mark.parametrize(("n_test", "holds"), [(60, True), (600, False)])
@@ -686,9 +686,7 @@ def test_a_bad_sample_is_named_and_the_rest_completes(mlp32, client, tmp_path, o
     x[[57, 61]] = float("nan")
     calculator = DaskInfluenceCalculator(model, client) if on_dask else SequentialInfluenceCalculator(model)
     lazy = calculator.influences(test, (x, train[1]), train_chunk=40)
-    message = (
-        r"1 task\(s\) of 'scores' failed:\n  scores of samples 40 to 79: NonFiniteError: .* training samples 57, 61"
-    )
+    message = r"1 task\(s\) failed:\n  scores of samples 40 to 79: NonFiniteError: .* training samples 57, 61"
     with pytest.raises(RunError, match=message) as error:
         lazy.to_zarr(tmp_path / "a.zarr")
     assert len(error.value.failures) == 1

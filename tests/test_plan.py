@@ -96,7 +96,7 @@ def test_the_plan_explains_itself():
         "500 test x 4,500 training",
         "factors: 4 tasks",
         "scores: 16 tasks",
-        "limit 1.00 GiB",
+        "1.00 GiB above its imports",
         "gradients of a chunk",
     ):
         assert words in text

@@ -22,7 +22,7 @@ def create(path, tasks=None):
     about = {"identity": IDENTITY, "plan": {}, "tasks": tasks or {"scores": 2}}
     spec = ArraySpec("scores", (5, 7), (2, 4), "float32", ("test", "train"), {"long_name": "scores"})
     factors = ArraySpec("factors/values", (5, 3), (2, 3), "float32", ("test", "parameter"), {})
-    return Store.create(path, [spec, factors], {"test": 5, "train": 7}, about)
+    return Store.create(path, [spec, factors], {"test": np.arange(5), "train": np.arange(7)}, about)
 
 
 @pytest.fixture
@@ -162,12 +162,12 @@ def test_inputs_are_kept_for_the_run_and_forgotten_after(store):
     assert np.array_equal(array[2:4], [[1, 1], [0, 0]])
     again = store.put_input("abc", "x0", 5, iter([np.full((5, 2), 7.0)]))  # never written again
     assert np.array_equal(again[:], array[:])
-    assert store.put_file("recipe.pkl", b"recipe") == store.input_file("recipe.pkl")
-    assert store.input_file("recipe.pkl").read_bytes() == b"recipe"
+    assert store.put_file("recipe.pkl", b"recipe") == store.work_file("recipe.pkl")
+    assert store.work_file("recipe.pkl").read_bytes() == b"recipe"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         xr.open_zarr(store.path)  # not disturbed by what lies beside the arrays
-    store.drop_inputs()
+    store.drop_work()
     assert sorted(p.name for p in store.path.iterdir()) == ["factors", "scores", "test", "train", "zarr.json"]
 
 

@@ -1,7 +1,11 @@
-"""From a store to answers: open it, find the strongest influences, judge a ranking. numpy and xarray only."""
+"""From a store to answers: open it, find the strongest influences, judge a ranking, see how the run went.
+
+numpy and xarray only.
+"""
 
 from __future__ import annotations
 
+import datetime
 import os
 import warnings
 from typing import Any
@@ -10,6 +14,7 @@ import numpy as np
 import xarray as xr
 
 from outfluence.errors import DataError
+from outfluence.plan import Plan
 from outfluence.store import Store
 
 
@@ -22,9 +27,11 @@ def open_influences(path: str | os.PathLike[str]) -> xr.Dataset:
         path: folder of the store.
 
     Returns:
-        As far as the store has them: ``scores (test, train, ...)``, ``self_influences (train,)``,
-        ``factors (test, parameter)``; of low-rank methods ``factor_coordinates (test, coordinate)`` and
-        ``factor_identity (test, parameter)`` instead.
+        As far as the store has them: ``scores (test, train, ...)``, ``self_influences (train,)``, ``top_scores`` and
+        ``top_train (test, top_rank)``, ``bottom_scores`` and ``bottom_train (test, bottom_rank)``,
+        ``group_means (group, train, ...)``, ``factors (test, parameter)``, ``gradients (train, parameter)``; of
+        low-rank methods ``factor_coordinates (test, coordinate)`` and ``factor_identity (test, parameter)`` instead,
+        and so for gradients.
 
     Raises:
         StoreError: if there is no store.
@@ -34,9 +41,10 @@ def open_influences(path: str | os.PathLike[str]) -> xr.Dataset:
     """
     store = Store(path)
     dataset: xr.Dataset = xr.open_zarr(store.path)
-    if "factors" in store.group:
-        for name, array in xr.open_zarr(store.path, group="factors").data_vars.items():
-            dataset["factors" if name == "values" else f"factor_{name}"] = array
+    for group in ("factors", "gradients"):
+        if group in store.group:
+            for name, array in xr.open_zarr(store.path, group=group).data_vars.items():
+                dataset[group if name == "values" else f"{group.removesuffix('s')}_{name}"] = array
     if not store.is_complete:
         done = ", ".join(f"{n} of {total} tasks of {stage!r}" for stage, (n, total) in store.progress().items())
         warnings.warn(
@@ -44,6 +52,50 @@ def open_influences(path: str | os.PathLike[str]) -> xr.Dataset:
             stacklevel=2,
         )
     return dataset
+
+
+def open_history(path: str | os.PathLike[str]) -> xr.Dataset:
+    """How a run went, or goes: its finished tasks in the order in which they began. Reads all receipts.
+
+    Args:
+        path: folder of the store, finished or not.
+
+    Returns:
+        By ``task``: ``stage`` and ``number`` in it, ``started`` and ``finished`` (UTC), ``seconds``, ``n_samples``,
+        ``bytes_written``, ``bytes_read`` (0 if not known), ``peak_bytes``, ``projected_bytes`` (NaN if not known) and
+        ``worker``. Attributes: ``memory_limit`` in bytes, and ``projected``, the peak of each stage by the plan.
+
+    Raises:
+        StoreError: if there is no store.
+    """
+    store = Store(path)
+    receipts = [(stage, receipt) for stage in store.about["tasks"] for receipt in store.receipts(stage)]
+    finished = np.array([_utc(r["finished"]) for _, r in receipts], "M8[ns]")
+    seconds = np.array([r["seconds"] for _, r in receipts], float)
+    durations = np.round(seconds * 1e9).astype("m8[ns]")
+    told = np.array([_utc(r["started"]) if "started" in r else "NaT" for _, r in receipts], "M8[ns]")
+    columns: dict[str, Any] = {
+        "stage": np.array([stage for stage, _ in receipts], str),
+        "number": np.array([r["task"] for _, r in receipts], np.int64),
+        "started": np.where(np.isnat(told), finished - durations, told),  # earlier versions do not tell
+        "finished": finished,
+        "seconds": seconds,
+        "n_samples": np.array([r["stop"] - r["start"] for _, r in receipts], np.int64),
+        "bytes_written": np.array([r["bytes_written"] for _, r in receipts], np.int64),
+        "bytes_read": np.array([r.get("bytes_read", 0) for _, r in receipts], np.int64),
+        "peak_bytes": np.array([r["peak_bytes"] for _, r in receipts], np.int64),
+        "projected_bytes": np.array([r.get("projected_bytes") or np.nan for _, r in receipts], float),
+        "worker": np.array([r["worker"] for _, r in receipts], str),
+    }
+    order = np.argsort(columns["started"], kind="stable")
+    plan = Plan.from_json(store.about["plan"])
+    return xr.Dataset(
+        {name: ("task", column[order]) for name, column in columns.items()},
+        attrs={
+            "memory_limit": plan.memory_limit,
+            "projected": {stage.name: sum(plan.memory(stage.name).values()) for stage in plan.stages},
+        },
+    )
 
 
 def top_k(scores: xr.Dataset | xr.DataArray | str | os.PathLike[str], k: int, *, largest: bool = True) -> xr.Dataset:
@@ -83,9 +135,7 @@ def top_k(scores: xr.Dataset | xr.DataArray | str | os.PathLike[str], k: int, *,
             index = np.concatenate(
                 [index, np.broadcast_to(np.arange(columns.start, columns.stop), block.shape)], axis=1
             )
-            # Stable, and earlier columns stand first: of equal scores the lower index stays.
-            order = np.argsort(-values if largest else values, axis=1, kind="stable")[:, :k]
-            values, index = np.take_along_axis(values, order, 1), np.take_along_axis(index, order, 1)
+            values, index = first_of(values, index, k, largest)
         best.append((values, labels[index]))
     dims = ("test", "rank")
     variables: dict[str, Any] = {
@@ -94,6 +144,12 @@ def top_k(scores: xr.Dataset | xr.DataArray | str | os.PathLike[str], k: int, *,
     }
     coords = {"test": array["test"]} if "test" in array.coords else {}
     return xr.Dataset(variables, coords=coords)
+
+
+def first_of(values: np.ndarray, index: np.ndarray, k: int, largest: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The k strongest of each row, the strongest first; of equal ones those that stand first. NaN comes last."""
+    order = np.argsort(-values if largest else values, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(values, order, 1), np.take_along_axis(index, order, 1)
 
 
 def detection_curve(scores: Any, is_wrong: Any) -> np.ndarray:
@@ -115,6 +171,11 @@ def precision_at(k: int, scores: Any, is_wrong: Any) -> float:
     """The share of wrong samples among the k with the highest scores; see `detection_curve`."""
     order = np.argsort(-np.asarray(scores), kind="stable")[:k]
     return float(np.asarray(is_wrong, dtype=bool)[order].mean())
+
+
+def _utc(text: str) -> datetime.datetime:
+    """A time as numpy takes it: in UTC, and without saying so."""
+    return datetime.datetime.fromisoformat(text).astimezone(datetime.UTC).replace(tzinfo=None)
 
 
 def _slices(sizes: tuple[int, ...]) -> list[slice]:

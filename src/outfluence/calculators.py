@@ -11,7 +11,9 @@ import io
 import os
 import platform
 import shutil
+import signal
 import tempfile
+import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -27,14 +29,15 @@ import psutil
 import torch
 import xarray as xr
 from distributed import Client
-from tqdm.auto import tqdm
 
 from outfluence.analysis import open_influences
 from outfluence.data import Data, DataLike
 from outfluence.errors import (
     ClusterError,
     ConvergenceWarning,
+    DamageWarning,
     DataError,
+    Interrupted,
     PlanError,
     ProblemError,
     RunError,
@@ -52,13 +55,21 @@ from outfluence.executors import (
 from outfluence.fingerprint import fingerprint
 from outfluence.influence import InfluenceModel
 from outfluence.modes import InfluenceMode
-from outfluence.plan import Plan, make_plan, parse_bytes
+from outfluence.plan import Plan, Stage, make_plan, parse_bytes
+from outfluence.progress import Bars, ProgressCallback, Tracker, as_callback
 from outfluence.store import ArraySpec, Store
 from outfluence.tasks import (
+    CANDIDATES,
     FACTORS,
+    GRADIENTS,
+    MEANS,
     SCORES,
     SELVES,
+    TOP,
     Job,
+    Wanted,
+    calibrate,
+    check_task,
     forget,
     length,
     read_all_factors,
@@ -68,15 +79,18 @@ from outfluence.tasks import (
     version_of,
 )
 
-#: Columns of a chunk of the stored factors: bounds the size of its files.
-_FACTOR_COLUMNS = 1 << 16
+#: Columns of a chunk of stored rows: bounds the size of its files.
+_COLUMNS = 1 << 16
 
-
-#: The arrays of rows: what they are, and what their second axis counts.
+#: The arrays of rows: what they are of test and of training samples, and what their second axis counts.
 _ROWS = {
-    "values": ("influence factors g^T (H + lambda 1)^-1", "parameter"),
-    "coordinates": ("coordinates of influence factors in the basis of the method", "coordinate"),
-    "identity": ("the identity's part of influence factors", "parameter"),
+    "values": ("influence factors g^T (H + lambda 1)^-1", "gradients g", "parameter"),
+    "coordinates": (
+        "coordinates of influence factors in the basis of the method",
+        "coordinates of gradients in the basis of the method",
+        "coordinate",
+    ),
+    "identity": ("the identity's part of influence factors", "gradients, for the identity's part", "parameter"),
 }
 
 
@@ -110,46 +124,62 @@ class InfluenceCalculator(ABC):
     def influences(
         self,
         test: DataLike,
-        train: DataLike,
+        train: DataLike = None,
         mode: InfluenceMode | str = InfluenceMode.Up,
         *,
+        matrix: bool = True,
+        top_k: int | None = None,
+        bottom_k: int | None = None,
+        groups: Any = None,
         self_influences: bool = False,
+        keep_gradients: bool = False,
+        from_store: str | os.PathLike[str] | None = None,
         memory_limit: str | int | None = None,
         test_chunk: int | None = None,
         train_chunk: int | None = None,
     ) -> LazyInfluences:
         """Influences of training samples on test samples, to be computed.
 
-        Factors are computed once per test chunk and stored; then each training gradient once.
+        Factors are computed once per test chunk and stored; then each training gradient once, in one pass for all
+        results.
 
         Args:
             test: anything `Data.of` takes.
-            train: likewise.
+            train: likewise; None with ``from_store``.
             mode: perturb weights, ``(n_test, n_train)``, or features, ``(n_test, n_train, *features)``.
-            self_influences: also the influence of each training sample on itself, ``(n_train,)``, in the same pass.
+            matrix: keep all scores. Without it the matrix never exists, not on disk either.
+            top_k: keep for each test sample the so many highest scores, which help it, and whose they are.
+            bottom_k: and the lowest, which harm it.
+            groups: for each test sample the name of its group, numbers or texts: keep for each group the mean score of
+                each training sample.
+            self_influences: also the influence of each training sample on itself, ``(n_train,)``.
+            keep_gradients: also keep the rows that training samples are encoded to, for ``from_store``.
+            from_store: a store with such rows: the training data is not read and the model does not see it.
             memory_limit: see `influence_factors`.
             test_chunk: test samples per chunk of the result; None: the plan chooses.
-            train_chunk: training samples per chunk of the result, and per task; None: the plan chooses.
+            train_chunk: training samples per chunk of the result; None: the plan chooses.
 
         Raises:
             OutfluenceError: whatever would make the run fail, before any work.
         """
-        job = Job(
-            self.model,
-            test=Data.of(test),
-            train=Data.of(train),
-            mode=InfluenceMode(mode),
-            self_influences=self_influences,
-        )
-        return self._lazy(job, memory_limit, test_chunk, train_chunk)
+        job = Job(self.model, test=Data.of(test), mode=InfluenceMode(mode))
+        job = _training(job, train, from_store)
+        wanted = _wanted(job, matrix, top_k, bottom_k, groups, self_influences, keep_gradients)
+        return self._lazy(replace(job, wanted=wanted), memory_limit, test_chunk, train_chunk)
 
     def influences_from_factors(
         self,
         factors: Any,
-        train: DataLike,
+        train: DataLike = None,
         mode: InfluenceMode | str = InfluenceMode.Up,
         *,
+        matrix: bool = True,
+        top_k: int | None = None,
+        bottom_k: int | None = None,
+        groups: Any = None,
         self_influences: bool = False,
+        keep_gradients: bool = False,
+        from_store: str | os.PathLike[str] | None = None,
         memory_limit: str | int | None = None,
         test_chunk: int | None = None,
         train_chunk: int | None = None,
@@ -161,7 +191,13 @@ class InfluenceCalculator(ABC):
                 ``influence_factors(test).to_zarr(path)`` gives back.
             train: see `influences`; as all that follow.
             mode: see `influences`.
+            matrix: see `influences`.
+            top_k: see `influences`.
+            bottom_k: see `influences`.
+            groups: see `influences`.
             self_influences: see `influences`.
+            keep_gradients: see `influences`.
+            from_store: see `influences`.
             memory_limit: see `influence_factors`.
             test_chunk: see `influences`.
             train_chunk: see `influences`.
@@ -169,14 +205,10 @@ class InfluenceCalculator(ABC):
         Raises:
             DataError: if the factors do not have one column for each parameter.
         """
-        job = Job(
-            self.model,
-            factors=_factor_data(factors, self.model),
-            train=Data.of(train),
-            mode=InfluenceMode(mode),
-            self_influences=self_influences,
-        )
-        return self._lazy(job, memory_limit, test_chunk, train_chunk)
+        job = Job(self.model, factors=_factor_data(factors, self.model), mode=InfluenceMode(mode))
+        job = _training(job, train, from_store)
+        wanted = _wanted(job, matrix, top_k, bottom_k, groups, self_influences, keep_gradients)
+        return self._lazy(replace(job, wanted=wanted), memory_limit, test_chunk, train_chunk)
 
     def self_influences(
         self, train: DataLike, *, memory_limit: str | int | None = None, train_chunk: int | None = None
@@ -190,8 +222,28 @@ class InfluenceCalculator(ABC):
             memory_limit: see `influence_factors`.
             train_chunk: see `influences`.
         """
-        job = Job(self.model, train=Data.of(train), self_influences=True)
+        job = Job(self.model, train=Data.of(train), wanted=Wanted(matrix=False, self_influences=True))
         return self._lazy(job, memory_limit, None, train_chunk)
+
+    def plan(self, test: DataLike, train: DataLike = None, **options: Any) -> Plan:
+        """What `influences` with the same arguments would do, and about how long it would take.
+
+        Times follow from a calibration on the first batch, in this process; they are estimates.
+
+        Args:
+            test: see `influences`.
+            train: see `influences`.
+            options: see `influences`.
+
+        Raises:
+            PlanError: if it does not fit into the memory limit; it names the smallest that works, and what to change.
+        """
+        lazy = self.influences(test, train, **options)
+        return replace(lazy.plan, costs=calibrate(replace(lazy.job, plan=lazy.plan), self._n_workers()))
+
+    @abstractmethod
+    def _n_workers(self) -> int:
+        """How many share the work."""
 
     @abstractmethod
     def _executor(self) -> AbstractContextManager[Executor]:
@@ -229,6 +281,9 @@ class SequentialInfluenceCalculator(InfluenceCalculator):
     def _executor(self) -> AbstractContextManager[Executor]:
         return nullcontext(SequentialExecutor())
 
+    def _n_workers(self) -> int:
+        return 1
+
 
 @final
 class DaskInfluenceCalculator(InfluenceCalculator):
@@ -257,6 +312,10 @@ class DaskInfluenceCalculator(InfluenceCalculator):
             executor.check()
             yield executor
 
+    def _n_workers(self) -> int:
+        client = self.client or current_client()
+        return max(1, len(client.nthreads())) if client is not None else cores()
+
     def _default_limit(self) -> int:
         client = self.client or current_client()
         limit = DaskExecutor(client).memory_limit() if client is not None else None
@@ -268,10 +327,11 @@ class LazyInfluences:
     """A result that is not computed yet: print it to see the plan, then call `compute` or `to_zarr`.
 
     Attributes:
+        job: what is computed.
         plan: chunk sizes, tasks and projected memory.
     """
 
-    _job: Job = field(repr=False)
+    job: Job = field(repr=False)
     plan: Plan
     _chunks: Mapping[str, int] = field(repr=False)
     _make_executor: Callable[[], AbstractContextManager[Executor]] = field(repr=False)
@@ -279,47 +339,56 @@ class LazyInfluences:
     def __str__(self) -> str:
         return str(self.plan)
 
-    def compute(self, *, progress: bool = False) -> np.ndarray:
+    def _repr_html_(self) -> str:
+        return self.plan._repr_html_()
+
+    def compute(self, *, progress: bool | ProgressCallback = False) -> Any:
         """Compute the result into memory.
 
         Args:
-            progress: show bars.
+            progress: show bars, or call a function with each `Progress`.
 
         Returns:
-            The scores; the factors ``(n_test, P)`` or the self-influences if only these were asked for.
+            The scores as an array; the factors ``(n_test, P)`` or the self-influences if only these were asked for; a
+            dataset if the matrix was not.
         """
         # Through a store in the temporary folder: one way to compute, one to test.
         folder = tempfile.mkdtemp(prefix="outfluence-")
+        job, work = self.job, self.plan.work
         try:
             path = Path(folder) / "result.zarr"
             dataset = self.to_zarr(path, progress=progress)
-            if self._job.train is None:
-                return read_all_factors(replace(self._job, plan=self.plan), Store(path))
-            return np.asarray(dataset[self._job.results[-1]].values)
+            if not work.n_train:
+                return read_all_factors(replace(job, plan=self.plan), Store(path))
+            if work.matrix:
+                return np.asarray(dataset[SCORES].values)
+            return dataset.load() if job.has_test else np.asarray(dataset[SELVES].values)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def to_zarr(self, path: str | os.PathLike[str], overwrite: bool = False, *, progress: bool = False) -> xr.Dataset:
+    def to_zarr(
+        self, path: str | os.PathLike[str], overwrite: bool = False, *, progress: bool | ProgressCallback = False
+    ) -> xr.Dataset:
         """Stream the result into a Zarr store, and open it.
 
-        On an unfinished store of the same job this goes on with it; on a finished one it computes nothing.
+        On an unfinished store of the same job this goes on with it; on a finished one it computes nothing. What an
+        unfinished store holds already is read and compared with its checksums first; what is damaged is computed again.
 
         Args:
             path: folder of the store, on a file system that all workers share.
             overwrite: replace a store that is there, whatever job made it.
-            progress: show bars.
+            progress: show bars, or call a function with each `Progress`.
 
         Returns:
-            ``scores (test, train, ...)``, ``self_influences (train,)`` and ``factors (test, parameter)``, as far as
-            they were asked for, chunk by chunk from disk when used. Low-rank methods store their coordinates instead
-            of factors; see `open_influences`.
+            What `open_influences` gives.
 
         Raises:
             StoreMismatchError: if the store there was made by something else; it says what differs.
             StoreError: if the path cannot be written.
             RunError: if tasks failed, saying which and why. All others are stored: run again to repeat only these.
+            Interrupted: on Ctrl-C, or when the process is told to end (SIGTERM). The same call goes on.
         """
-        job, path = self._job, _local(path)
+        job, path = self.job, _local(path)
         for data, whose in ((job.test, "test"), (job.train, "training")):
             if data is not None:  # again: the model may have gone on training since
                 job.model.check(data, whose)
@@ -330,7 +399,7 @@ class LazyInfluences:
         if store is None:
             plan = self.plan
             try:
-                store = Store.create(path, _specs(plan), _coordinates(plan), _about(job, identity, plan))
+                store = Store.create(path, _specs(job, plan), _coordinates(job, plan), _about(job, identity, plan))
             except StoreError:
                 if replaced is not None:
                     replaced.rename(path)
@@ -340,14 +409,13 @@ class LazyInfluences:
         if replaced is not None:
             shutil.rmtree(replaced)
         if not store.is_complete:
-            model = _begun_with(store, job.model)
-            if model.inverse.data is not None:  # passes in batches that the plan has counted
-                model = model.reading(model.inverse.data.in_batches(plan.batch_size))
-            with self._make_executor() as executor:
-                _run(
-                    replace(job, model=model, plan=plan, store=store.path, store_id=store.id), executor, store, progress
-                )
-        store.drop_inputs()
+            # Passes over the data of the fit are in batches that the plan has counted.
+            job = replace(job, model=_begun_with(store, job.model), plan=plan).in_batches(plan.batch_size)
+            job = replace(job, store=store.path, store_id=store.id)
+            store.restore_work(_specs(job, plan))
+            with _resumable(store), self._make_executor() as executor:
+                _run(job, executor, store, as_callback(progress))
+        store.drop_work()
         return open_influences(store.path)
 
     def _stored_plan(self, store: Store) -> Plan:
@@ -367,10 +435,10 @@ class LazyInfluences:
         return plan
 
 
-def _run(job: Job, executor: Executor, store: Store, progress: bool) -> None:
-    """Do every task that has left no receipt."""
+def _run(job: Job, executor: Executor, store: Store, callback: ProgressCallback | None) -> None:
+    """Do every task that has left no receipt, and those whose work is damaged."""
     assert job.plan is not None
-    task_function: Callable[[str, int], dict[str, Any]]
+    do: Callable[..., Any]
     # The last bits of a matrix product may depend on the number of threads: go on with as many as were begun with.
     first = next((store.receipt(s.name, task) for s in job.plan.stages for task in store.done(s.name)), None)
     begun_with = first["threads"] if first else None
@@ -378,45 +446,113 @@ def _run(job: Job, executor: Executor, store: Store, progress: bool) -> None:
     if isinstance(executor, DaskExecutor):
         recipe = _ship(replace(job, threads=begun_with or executor.torch_threads()), store)
         executor.check_path(str(recipe))
-        task_function = partial(remote_task, str(recipe), recipe.stat().st_mtime_ns)
+        version = recipe.stat().st_mtime_ns
+
+        def do(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+            return partial(remote_task, str(recipe), version, partial(function, **options))
     else:
-        task_function = partial(run_task, replace(job, baseline_bytes=resident_bytes()))
+        here = replace(job, baseline_bytes=resident_bytes())
         torch.set_num_threads(begun_with or threads_before)
+
+        def do(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+            return lambda task, attempt: function(here, **options, task=task, attempt=attempt)
+
     try:
+        _withdraw_damaged(do, job.plan, executor, store)
+        failures: list[tuple[str, BaseException]] = []
         for stage in job.plan.stages:
-            done = store.done(stage.name)
-            todo = [task for task in range(stage.n_tasks) if task not in done]
-            failures: list[tuple[str, BaseException]] = []
-            doubts: list[str] = []
-            with tqdm(
-                total=stage.n_samples,
-                desc=stage.name,
-                unit=" samples",
-                disable=not progress,
-                initial=stage.n_samples - sum(length(stage.samples(task)) for task in todo),
-            ) as bar:
-                for outcome in executor.run(partial(task_function, stage.name), todo, stage.name):
-                    if outcome.error is not None:
-                        failures.append(
-                            (f"{stage.name} of samples {_text(stage.samples(outcome.task))}", outcome.error)
-                        )
-                    else:
-                        doubts += (outcome.receipt or {}).get("warnings", [])
-                    bar.update(length(stage.samples(outcome.task)))
-            if doubts:
-                warnings.warn(
-                    f"{len(doubts)} warning(s) from tasks of {stage.name!r}, the first: {doubts[0]}",
-                    ConvergenceWarning,
-                    stacklevel=3,
-                )
-            missing = set(range(stage.n_tasks)) - store.done(stage.name)
-            if failures or missing:
-                _raise_failures(failures, len(missing), stage.name, store)
+            if stage.name == "strongest" and len(store.done("scores", or_in_part=True)) < _stage(job, "scores").n_tasks:
+                break  # without the candidates of all strips there is nothing to merge; the failures say why
+            failures += _run_stage(stage, job.plan, do, executor, store, callback)
     finally:
         forget()
         if isinstance(executor, DaskExecutor):
             executor.forget(forget)
         torch.set_num_threads(threads_before)
+        if isinstance(callback, Bars):
+            callback.close()
+    n_missing = sum(total - done for done, total in store.progress().values())
+    if failures or n_missing:
+        _raise_failures(failures, n_missing, store)
+
+
+def _run_stage(
+    stage: Stage,
+    plan: Plan,
+    do: Callable[..., Any],
+    executor: Executor,
+    store: Store,
+    callback: ProgressCallback | None,
+) -> list[tuple[str, BaseException]]:
+    """Do the tasks of a stage that are not done; those that failed, with the reasons."""
+    with_factors = store.done("factors")
+    tiles = plan.test_tiles
+    missing = () if stage.name == "factors" else tuple(t.start for i, t in enumerate(tiles) if i not in with_factors)
+    done = store.done(stage.name) | store.done_in_part(stage.name, set(missing))
+    todo = [task for task in range(stage.n_tasks) if task not in done]
+    failures: list[tuple[str, BaseException]] = []
+    doubts: list[str] = []
+    samples_before = stage.n_samples - sum(length(stage.samples(task)) for task in todo)
+    tracker = Tracker(stage.name, stage.n_tasks, stage.n_samples, len(done), samples_before, callback)
+    for outcome in executor.run(do(run_task, stage=stage.name, missing=missing), todo, stage.name):
+        samples = stage.samples(outcome.task)
+        if outcome.error is not None:
+            failures.append((f"{stage.name} of samples {_text(samples)}", outcome.error))
+        else:
+            doubts += (outcome.receipt or {}).get("warnings", [])
+        tracker.update(length(samples), outcome.receipt)
+    if doubts:
+        warnings.warn(
+            f"{len(doubts)} warning(s) from tasks of {stage.name!r}, the first: {doubts[0]}",
+            ConvergenceWarning,
+            stacklevel=4,
+        )
+    return failures
+
+
+def _withdraw_damaged(do: Callable[..., Any], plan: Plan, executor: Executor, store: Store) -> None:
+    """Read what is done already, and take back the receipts of what is not there any more as it was written."""
+    merged = True  # once merged, candidates are of no use any more
+    for stage in reversed(plan.stages):
+        done = sorted(store.done(stage.name))
+        check = do(check_task, stage=stage.name, results_only=merged)
+        for outcome in executor.run(check, done, f"check-{stage.name}"):
+            if outcome.receipt is None or not outcome.receipt["sound"]:
+                warnings.warn(
+                    f"{store.path}: {stage.name} of samples {_text(stage.samples(outcome.task))} are damaged (a "
+                    "checksum differs, or a file is missing); they are computed again",
+                    DamageWarning,
+                    stacklevel=5,
+                )
+                store.withdraw_receipt(stage.name, outcome.task)
+        merged = stage.name != "strongest" or len(store.done(stage.name)) == stage.n_tasks
+
+
+@contextmanager
+def _resumable(store: Store) -> Iterator[None]:
+    """Say how to go on when the run is interrupted, or its process told to end (batch systems do before they kill)."""
+    handles = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _interrupt) if handles else None
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        done = ", ".join(f"{name} {n:,} of {total:,}" for name, (n, total) in store.progress().items())
+        raise Interrupted(
+            f"interrupted; what was computed is stored in {store.path} (tasks done: {done}). The same call again goes "
+            "on from there."
+        ) from error
+    finally:
+        if handles:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _interrupt(_number: int, _frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _stage(job: Job, name: str) -> Stage:
+    assert job.plan is not None
+    return next(stage for stage in job.plan.stages if stage.name == name)
 
 
 def _ship(job: Job, store: Store) -> Path:
@@ -438,7 +574,7 @@ def _begun_with(store: Store, model: InfluenceModel) -> InfluenceModel:
     A fit that is repeated may differ in the last bits (with the number of threads, say), and the halves of the result
     with it. So an unfinished store keeps its inverse: named tensors, and nothing that runs when it is loaded.
     """
-    file = store.input_file("inverse.pt")
+    file = store.work_file("inverse.pt")
     if file.exists():
         tensors = torch.load(file, map_location=model.problem.device, weights_only=True)
         return model.with_inverse(model.inverse.with_tensors(tensors))
@@ -448,13 +584,13 @@ def _begun_with(store: Store, model: InfluenceModel) -> InfluenceModel:
     return model
 
 
-def _raise_failures(failures: list[tuple[str, BaseException]], n_missing: int, stage: str, store: Store) -> None:
+def _raise_failures(failures: list[tuple[str, BaseException]], n_missing: int, store: Store) -> None:
     texts = [(task, f"{type(error).__name__}: {error}") for task, error in failures]
     shown = "\n".join(f"  {task}: {text}" for task, text in texts[:10])
     more = f"\n  and {len(texts) - 10} more" if len(texts) > 10 else ""
     raise RunError(
-        f"{n_missing} task(s) of {stage!r} failed:\n{shown}{more}\nWhat was computed is stored in {store.path}; the "
-        "same call again goes on from there.",
+        f"{len(texts)} task(s) failed:\n{shown}{more}\nWithout them {n_missing} task(s) of the run are not complete. "
+        f"What was computed is stored in {store.path}; the same call again goes on from there.",
         texts,
     ) from (failures[0][1] if failures else None)
 
@@ -468,9 +604,15 @@ def _local(path: str | os.PathLike[str]) -> Path:
 
 def _move_aside(store: Store, job: Job, identity: Mapping[str, Any]) -> Path:
     """Free the path of a store that is to be replaced, unless it holds what the new one is made from."""
+    glimpses = {role: fingerprint(data.rows(slice(0, 1))) for role, data in job.inputs.items()}
     aside = store.move_aside()
     try:
-        unchanged = all(identity[f"{role}_data"] == data.content_now() for role, data in job.inputs.items())
+        # A handle whose fingerprint was given, by a user or by a store, is believed without reading: look at it.
+        unchanged = all(
+            glimpses[role] == fingerprint(data.rows(slice(0, 1)))
+            and identity.get(f"{role}_data", data.fingerprint) == data.content_now()
+            for role, data in job.inputs.items()
+        )
     except Exception:  # it cannot even be read any more
         unchanged = False
     if not unchanged:
@@ -481,32 +623,46 @@ def _move_aside(store: Store, job: Job, identity: Mapping[str, Any]) -> Path:
     return aside
 
 
-def _specs(plan: Plan) -> list[ArraySpec]:
-    work = plan.work
+def _specs(job: Job, plan: Plan) -> list[ArraySpec]:
+    work, wanted = plan.work, job.wanted
     dtype = f"float{8 * work.itemsize}"
-    specs: list[ArraySpec] = []
-    shape: tuple[int, ...]
-    chunks: tuple[int, ...]
-    dims: tuple[str, ...]
-    if work.n_test:
-        for name, columns in work.arrays.items():
-            shape, chunks = (work.n_test, columns), (plan.test_chunk, max(1, min(columns, _FACTOR_COLUMNS)))
-            about, dims = {"long_name": _ROWS[name][0]}, ("test", _ROWS[name][1])
-            specs.append(ArraySpec(f"{FACTORS}/{name}", shape, chunks, dtype, dims, about))
-    if work.n_test and work.n_train:
-        about = {"long_name": "influence of a training sample on a test sample; positive: it helps"}
-        shape = (work.n_test, work.n_train, *work.features)
-        chunks = (plan.test_chunk, plan.train_chunk, *work.features)
-        dims = ("test", "train", *(f"feature_{i}" for i in range(len(work.features))))
-        specs.append(ArraySpec(SCORES, shape, chunks, dtype, dims, about))
+    tests, trains = (work.n_test, plan.test_chunk, "test"), (work.n_train, plan.train_chunk, "train")
+    groups = (work.groups, max(1, work.groups), "group")
+    features = [(n, n, f"feature_{i}") for i, n in enumerate(work.features)]
+    specs = []
+
+    def add(path: str, about: str, *axes: tuple[int, int, str], dtype: str = dtype) -> None:
+        shape, chunks, dims = zip(*axes, strict=True)
+        specs.append(ArraySpec(path, shape, chunks, dtype, dims, {"long_name": about}))
+
+    for name, columns in work.arrays.items():
+        left, right, columns_are = _ROWS[name]
+        parts = (columns, max(1, min(columns, _COLUMNS)), columns_are)
+        if work.n_test:
+            add(f"{FACTORS}/{name}", left, tests, parts)
+        if wanted.gradients:
+            add(f"{GRADIENTS}/{name}", right, trains, parts)
+    if work.matrix:
+        add(SCORES, "influence of a training sample on a test sample; positive: it helps", tests, trains, *features)
+    if work.groups:
+        add(MEANS, "mean influence of a training sample on a group of test samples", groups, trains, *features)
     if work.self_influences:
-        about = {"long_name": "influence of a training sample on itself"}
-        specs.append(ArraySpec(SELVES, (work.n_train,), (plan.train_chunk,), dtype, ("train",), about))
+        add(SELVES, "influence of a training sample on itself", trains)
+    for kind, k in wanted.strongest.items():
+        ranks, name = (k, k, f"{kind}_rank"), "highest" if kind == TOP else "lowest"
+        merged = (work.n_test, plan.candidate_chunk, "test")
+        add(f"{kind}_scores", f"the {name} influences on a test sample", merged, ranks)
+        add(f"{kind}_train", f"the training samples of the {name} influences", merged, ranks, dtype="int64")
+        chunks, width = (plan.n_chunks, 1, "chunk"), min(k, plan.train_chunk)
+        for what, numbers in (("scores", dtype), ("train", "int64")):
+            add(f"{CANDIDATES}/{kind}_{what}", "", chunks, merged, (width, width, "rank"), dtype=numbers)
     return specs
 
 
-def _coordinates(plan: Plan) -> dict[str, int]:
-    return {dim: n for dim, n in (("test", plan.work.n_test), ("train", plan.work.n_train)) if n}
+def _coordinates(job: Job, plan: Plan) -> dict[str, np.ndarray]:
+    axes = {dim: np.arange(n) for dim, n in (("test", plan.work.n_test), ("train", plan.work.n_train)) if n}
+    names = job.wanted.group_names
+    return axes if names is None else axes | {"group": names}
 
 
 def _basis(model: InfluenceModel) -> str | None:
@@ -526,6 +682,74 @@ def _about(job: Job, identity: dict[str, Any], plan: Plan) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: version_of(name) for name in packages}},
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def _training(job: Job, train: DataLike, from_store: str | os.PathLike[str] | None) -> Job:
+    """The job with training data, or with rows of it that a store has kept."""
+    if (train is None) == (from_store is None):
+        raise DataError("give training data, or from_store=, a store whose run was asked to keep_gradients; not both")
+    if from_store is None:
+        return replace(job, train=Data.of(train))
+    if job.mode is InfluenceMode.Perturbation:
+        raise DataError("mode='perturbation' needs the training samples: kept gradients know nothing of their features")
+    return replace(job, gradients=_gradient_data(Store(_local(from_store)), job))
+
+
+def _gradient_data(store: Store, job: Job) -> Data:
+    """Kept rows of training samples as data whose x is the values, or a dict of the arrays of another kind of rows."""
+    if GRADIENTS not in store.group:
+        raise DataError(f"{store.path} keeps no gradients: make it with keep_gradients=True")
+    if not store.is_complete:
+        raise DataError(f"{store.path} is not finished: call its to_zarr again first")
+    made_by, model = store.about["identity"], job.model
+    now = model.identity()
+    differing = [key for key in ("model", "weights", "loss", "blocks") if made_by.get(key) != now[key]]
+    wanted = list(job.left_rows().arrays)
+    found = list(store.group[GRADIENTS].array_keys())  # type: ignore[union-attr]
+    if sorted(found) != sorted(wanted):
+        raise DataError(
+            f"{store.path} keeps {', '.join(sorted(found))} of gradients, {type(model).__name__} needs "
+            f"{', '.join(sorted(wanted))}: keep gradients with the same method"
+        )
+    if wanted != ["values"] and store.about.get("basis") != _basis(model):
+        differing.append("basis (another fit or rank)")
+    if differing:
+        raise DataError(f"{store.path} keeps gradients of something else; these differ: {', '.join(differing)}")
+    arrays = {name: store.group[f"{GRADIENTS}/{name}"] for name in wanted}
+    content = fingerprint([made_by["train_data"], store.about["basis"], *(made_by[key] for key in ("weights", "loss"))])
+    return Data.from_arrays(arrays if wanted != ["values"] else arrays["values"], fingerprint=content)
+
+
+def _wanted(
+    job: Job,
+    matrix: bool,
+    top_k: int | None,
+    bottom_k: int | None,
+    groups: Any,
+    self_influences: bool,
+    keep_gradients: bool,
+) -> Wanted:
+    """What is asked for, checked."""
+    (n_test, n_train) = (
+        len(next(d for d in pair if d is not None)) for pair in ((job.test, job.factors), (job.train, job.gradients))
+    )
+    for name, k in (("top_k", top_k), ("bottom_k", bottom_k)):
+        if k is not None and (not isinstance(k, int) or not 1 <= k <= n_train):
+            raise DataError(f"{name} must be between 1 and the {n_train} training samples, not {k!r}")
+    per_feature = job.mode is InfluenceMode.Perturbation
+    if per_feature and (top_k or bottom_k or keep_gradients):
+        raise DataError("top_k, bottom_k and keep_gradients go with mode='up' only: there a score is one number")
+    if job.gradients is not None and (self_influences or keep_gradients):
+        raise DataError("self_influences and keep_gradients need the training data: they cannot be had from_store")
+    names = numbers = None
+    if groups is not None:
+        groups = np.asarray(groups)
+        if groups.shape != (n_test,) or groups.dtype.kind not in "iuSUO":
+            raise DataError(f"groups must name the group of each of the {n_test} test samples, with integers or texts")
+        names, numbers = np.unique(groups.astype(str) if groups.dtype.kind in "SUO" else groups, return_inverse=True)
+    if not (matrix or top_k or bottom_k or groups is not None):
+        raise DataError("nothing is asked for: matrix=False goes with top_k, bottom_k or groups")
+    return Wanted(matrix, top_k or 0, bottom_k or 0, self_influences, keep_gradients, numbers, names)
 
 
 def _factor_data(factors: Any, model: InfluenceModel) -> Data:

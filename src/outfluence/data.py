@@ -228,6 +228,11 @@ class Data:
         return self._given_fingerprint or Data(self._source).fingerprint
 
     @property
+    def source_rows(self) -> int:
+        """How many samples are decoded together, however few are read: those of a chunk of a zarr or dask array."""
+        return self._source.source_rows if isinstance(self._source, _Arrays) else 1
+
+    @property
     def portable(self) -> bool:
         """Whether this handle can be re-opened elsewhere: it holds no data, only where the data is."""
         return self._source.travels and not self._source.mutable
@@ -336,6 +341,10 @@ class _Arrays:
     @property
     def mutable(self) -> bool:
         return any(isinstance(a, (Tensor, np.ndarray)) for a in tree_leaves(self.x) + tree_leaves(self.y))
+
+    @property
+    def source_rows(self) -> int:
+        return max(_rows_together(array) for array in tree_leaves(self.x) + tree_leaves(self.y))
 
     def read(self, start: int, stop: int) -> Batch:
         def part(array: Any) -> Tensor:
@@ -522,6 +531,13 @@ def _as_tree(tree: Tree) -> Tree:
 def _as_tensor(array: Any) -> Tensor:
     # In torch's own memory: numpy aligns less, differently each time, and then matrix products differ in the last bits.
     return array.clone() if isinstance(array, Tensor) else torch.tensor(np.ascontiguousarray(array))
+
+
+def _rows_together(array: Any) -> int:
+    if isinstance(array, _DaskArray):
+        return int(max(array.array.chunks[0]))
+    together = getattr(array, "shards", None) or getattr(array, "chunks", None)  # zarr, h5py
+    return min(int(together[0]), int(array.shape[0])) if together else 1
 
 
 def _graph_values(array: Any) -> Iterator[Any]:

@@ -52,6 +52,14 @@ class ConvergenceWarning(UserWarning):
     """An iteration stopped before it reached its tolerance; the message names the residual."""
 
 
+class DamageWarning(UserWarning):
+    """Stored results were damaged after they had been written; they are computed again."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was interrupted, or its process told to end; what was computed is stored, and the same call goes on."""
+
+
 class PlanError(OutfluenceError, ValueError):
     """The work does not fit into the memory it was promised."""
 

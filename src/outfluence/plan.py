@@ -2,17 +2,20 @@
 
 The order of work: the factors of each test chunk, once, into the store; then one *strip* per training chunk: its
 gradients, computed once, against all test chunks, whose factors are read back one tile at a time. The number of strips
-grows with the training set only.
+grows with the training set only. All results are made from the same blocks of scores, in the same pass. Where only the
+strongest scores are wanted, a strip leaves its candidates, and a third stage merges those of all strips.
 """
 
 from __future__ import annotations
 
+import html
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import dask.utils
-from dask.utils import format_bytes
+from dask.utils import format_bytes, format_time
 
 from outfluence.errors import PlanError
 
@@ -36,6 +39,14 @@ _TILE_COPIES = 3
 _MAX_TEST, _MAX_TRAIN, _MAX_BATCH = 1024, 4096, 256
 #: Small jobs are cut at least so often, to share the work and to lose little.
 _MIN_TEST_TASKS, _MIN_TRAIN_TASKS = 4, 16
+#: More strips than this are joined, several chunks a task: a scheduler has better things to do.
+_MAX_STRIPS = 20_000
+#: Bytes of a score's position among the training samples.
+_INDEX_BYTES = 8
+#: Candidates of a strip: kept, and written; those of a merge: so far, a strip's, joined and sorted.
+_CANDIDATE_COPIES, _MERGE_COPIES = 2, 8
+#: Bytes of candidates of a strip in one file, about.
+_CANDIDATE_FILE_BYTES = 4 * MIB
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,13 @@ class Work:
         features: shape of a training sample's features in perturbation mode, else empty.
         directions: in perturbation mode how many factors are differentiated at once; else 0.
         self_influences: whether the influence of each training sample on itself is wanted.
+        matrix: whether all scores are wanted.
+        top: how many of the highest scores of each test sample are wanted.
+        bottom: how many of the lowest.
+        groups: for how many groups of test samples the mean score is wanted.
+        keeps_gradients: whether the rows of the training samples are kept.
+        reads_gradients: whether they are read from another store, instead of being computed.
+        source_rows: training samples that are decoded together, however few are read.
         model_bytes: what a worker holds all the time: model and inverse.
         activation_bytes: what one sample keeps for its backward pass.
         batch_size: samples at once through the model, if the user has an opinion.
@@ -68,6 +86,13 @@ class Work:
     features: tuple[int, ...] = ()
     directions: int = 0
     self_influences: bool = False
+    matrix: bool = True
+    top: int = 0
+    bottom: int = 0
+    groups: int = 0
+    keeps_gradients: bool = False
+    reads_gradients: bool = False
+    source_rows: int = 1
     model_bytes: int = 0
     activation_bytes: int = 0
     batch_size: int | None = None
@@ -86,13 +111,36 @@ class Work:
         """Bytes of one gradient."""
         return self.n_parameters * self.itemsize
 
+    @property
+    def score_bytes(self) -> int:
+        """Bytes of the score of one test and one training sample: one number, or one for each feature."""
+        return self.itemsize * math.prod(self.features)
+
+    @property
+    def candidate_bytes(self) -> int:
+        """Bytes of the strongest scores of one test sample."""
+        return (self.top + self.bottom) * (self.itemsize + _INDEX_BYTES)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each result in the store."""
+        sizes = {
+            "factors": self.n_test * self.row_bytes,
+            "scores": self.n_test * self.n_train * self.score_bytes if self.matrix else 0,
+            "strongest scores": self.n_test * self.candidate_bytes,
+            "means of groups": self.groups * self.n_train * self.score_bytes,
+            "self-influences": self.n_train * self.itemsize if self.self_influences else 0,
+            "gradients": self.n_train * self.row_bytes if self.keeps_gradients else 0,
+        }
+        return {name: size for name, size in sizes.items() if size}
+
 
 @dataclass(frozen=True)
 class Stage:
     """Tasks of one kind, each a range of samples.
 
     Attributes:
-        name: "factors" (ranges of test samples) or "scores" (ranges of training samples).
+        name: "factors" (ranges of test samples), "scores" (of training samples) or "strongest" (of test samples).
         n_samples: samples in all.
         chunk: samples per task; the last may have fewer.
     """
@@ -112,16 +160,42 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Costs:
+    """What a short calibration measured on one process of this machine; estimates, for times and advice only.
+
+    Attributes:
+        factor_flops: floating-point operations of the factor of one test sample; 0 where they depend on iterations.
+        factor_seconds: and the time; likewise.
+        gradient_flops: of the rows of one training sample.
+        gradient_seconds: and the time.
+        self_seconds: time of one self-influence.
+        flops_per_second: of dot products of rows.
+        bytes_per_second: written to a file system, and synced.
+        n_workers: processes that share the work.
+    """
+
+    factor_flops: int
+    factor_seconds: float
+    gradient_flops: int
+    gradient_seconds: float
+    self_seconds: float
+    flops_per_second: float
+    bytes_per_second: float
+    n_workers: int = 1
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Chunk sizes, order of work, and projected memory.
+    """Chunk sizes, order of work, and projected memory. Prints as a table, in a notebook too.
 
     Attributes:
         work: what is computed.
         test_chunk: test samples per task of the factors, and per tile of a strip.
-        train_chunk: training samples per strip.
+        train_chunk: training samples per chunk of the results; a strip is one of them, or several, one after another.
         batch_size: samples at once through the model.
         memory_limit: bytes above what a worker takes after importing torch.
         holds_factors: whether a worker keeps all factors between strips; else it reads them again for each.
+        costs: what a calibration measured, if there was one.
     """
 
     work: Work
@@ -130,20 +204,48 @@ class Plan:
     batch_size: int
     memory_limit: int
     holds_factors: bool = False
+    costs: Costs | None = None
 
     @property
     def stages(self) -> tuple[Stage, ...]:
         """The stages, in order."""
         work = self.work
-        factors = Stage("factors", work.n_test, self.test_chunk)
-        scores = Stage("scores", work.n_train, self.train_chunk)
-        return tuple(stage for stage in (factors, scores) if stage.n_samples)
+        stages = (
+            Stage("factors", work.n_test, self.test_chunk),
+            Stage("scores", work.n_train, self.train_chunk * max(1, -(-self.n_chunks // _MAX_STRIPS))),
+            Stage("strongest", work.n_test if work.candidate_bytes else 0, self.candidate_chunk),
+        )
+        return tuple(stage for stage in stages if stage.n_samples)
+
+    @property
+    def n_tasks(self) -> int:
+        """Tasks of all stages."""
+        return sum(stage.n_tasks for stage in self.stages)
 
     @property
     def test_tiles(self) -> list[slice]:
         """The test samples of each tile of a strip."""
         stage = Stage("factors", self.work.n_test, self.test_chunk)
         return [stage.samples(i) for i in range(stage.n_tasks)]
+
+    @property
+    def n_chunks(self) -> int:
+        """Chunks of training samples."""
+        return -(-self.work.n_train // self.train_chunk)
+
+    @property
+    def train_chunks(self) -> list[slice]:
+        """The training samples of each chunk."""
+        stage = Stage("scores", self.work.n_train, self.train_chunk)
+        return [stage.samples(i) for i in range(stage.n_tasks)]
+
+    @property
+    def candidate_chunk(self) -> int:
+        """Test samples whose strongest scores are merged, and kept by a strip, together: whole tiles."""
+        work = self.work
+        per_file = _CANDIDATE_FILE_BYTES // max(1, work.candidate_bytes)
+        shared = max(_MAX_TEST, -(-work.n_test // _MIN_TEST_TASKS))
+        return max(1, min(per_file, shared, work.n_test) // self.test_chunk) * self.test_chunk
 
     def memory(self, stage: str) -> dict[str, int]:
         """Projected peak of a task, in bytes above the import baseline, by part."""
@@ -156,31 +258,41 @@ class Plan:
                 "inverse": self._inverse_bytes(self.test_chunk if work.solves else self.batch_size),
                 "factors of a chunk": 2 * self.test_chunk * work.row_bytes,
             }
+        if stage == "strongest":
+            return parts | {"candidates": _MERGE_COPIES * self.candidate_chunk * work.candidate_bytes}
         held = max(0, work.n_test - self.test_chunk) if self.holds_factors else 0
         factors = (_TILE_COPIES * self.test_chunk + held) * work.row_bytes if work.n_test else 0
         samples = _SAMPLE_COPIES * self.train_chunk * work.sample_bytes
-        block = _BLOCK_COPIES * self.test_chunk * self.train_chunk * self.score_bytes if work.n_test else 0
+        if work.source_rows > 1:  # whole chunks of the source, decoded and cut
+            samples += 2 * (self.train_chunk + 2 * work.source_rows) * work.sample_bytes
+        block = _BLOCK_COPIES * self.test_chunk * self.train_chunk * work.score_bytes if work.n_test else 0
+        results = {
+            "samples of a chunk": samples,
+            "factors": factors,
+            "score block": block,
+            "candidates": _CANDIDATE_COPIES * self.candidate_chunk * work.candidate_bytes,
+            # Sums are in double precision; they become means in the type of the scores, and are written.
+            "means of groups": work.groups * self.train_chunk * (2 * work.score_bytes * 8 // work.itemsize),
+        }
         selves = self._inverse_bytes(self.batch_size) if work.self_influences else 0
         if work.directions:
-            derivatives = ACTIVATION_COPIES * work.activation_bytes + 3 * self.score_bytes
+            derivatives = ACTIVATION_COPIES * work.activation_bytes + 3 * work.score_bytes
             batch = self.batch_size * min(self.test_chunk, work.directions) * derivatives
             batch += work.directions * work.gradient_bytes
             if work.row_bytes != work.gradient_bytes:  # as influence factors
-                factors += 2 * self.test_chunk * work.gradient_bytes
-            return parts | {
-                "batch": max(batch, self.batch_size * per_sample + selves if selves else 0),
-                "samples of a chunk": samples,
-                "factors": factors,
-                "score block": block,
-            }
-        rows = 0 if work.row_bytes == work.gradient_bytes else 2 * self.batch_size * work.row_bytes
-        return parts | {
-            "batch": self.batch_size * per_sample + rows + selves,
-            "samples of a chunk": samples,
-            "gradients of a chunk": self.train_chunk * work.row_bytes if work.n_test else 0,
-            "factors": factors,
-            "score block": block,
-        }
+                results["factors"] += 2 * self.test_chunk * work.gradient_bytes
+            return parts | {"batch": max(batch, self.batch_size * per_sample + selves if selves else 0)} | results
+        keeps_rows = work.n_test or work.keeps_gradients
+        if work.reads_gradients:
+            batch = 0
+        else:
+            rows = 0 if work.row_bytes == work.gradient_bytes else 2 * self.batch_size * work.row_bytes
+            batch = self.batch_size * per_sample + rows + selves
+        copies = (
+            3 if work.keeps_gradients or work.reads_gradients else 1
+        )  # written or decoded, and read back or laid out
+        gradients = {"gradients of a chunk": copies * self.train_chunk * work.row_bytes if keeps_rows else 0}
+        return {part: size for part, size in (parts | {"batch": batch} | gradients | results).items() if size}
 
     def _inverse_bytes(self, n: int) -> int:
         """What applying the inverse to n gradients takes."""
@@ -192,31 +304,70 @@ class Plan:
         return _SOLVE_COPIES * n * work.gradient_bytes + pass_ + work.kept_bytes
 
     @property
-    def score_bytes(self) -> int:
-        """Bytes of the score of one test and one training sample: one number, or one for each feature."""
-        size = self.work.itemsize
-        for n in self.work.features:
-            size *= n
-        return size
-
-    @property
     def peak(self) -> int:
         """The largest projected peak of any task, in bytes."""
         return max(sum(self.memory(stage.name).values()) for stage in self.stages)
 
     @property
+    def candidate_bytes(self) -> int:
+        """What strips leave for the merge of the strongest scores; it is removed when the run ends."""
+        return self.n_chunks * self.work.n_test * self.work.candidate_bytes
+
+    @property
     def bytes_written(self) -> int:
-        """Factors, scores and self-influences in the store."""
-        work = self.work
-        selves = work.n_train * work.itemsize if work.self_influences else 0
-        return work.n_test * work.row_bytes + work.n_test * work.n_train * self.score_bytes + selves
+        """All that goes into the store; all of it is read back once, to be sure."""
+        return sum(self.work.sizes.values()) + self.candidate_bytes
 
     @property
     def bytes_read(self) -> int:
-        """Factors read back: once for each strip, or once for each worker that holds them."""
+        """Factors, once for each chunk of training samples or each worker that holds them; gradients; candidates."""
         work = self.work
-        strips = -(-work.n_train // self.train_chunk) if work.n_train else 0
-        return work.n_test * work.row_bytes * (min(strips, 1) if self.holds_factors else strips)
+        often = min(self.n_chunks, 1) if self.holds_factors else self.n_chunks
+        gradients = work.n_train * work.row_bytes if work.reads_gradients else 0
+        return work.n_test * work.row_bytes * often + gradients + self.candidate_bytes
+
+    @property
+    def flops(self) -> dict[str, int]:
+        """Floating-point operations of each stage; without a calibration those of dot products only."""
+        work, costs = self.work, self.costs
+        products = 2 * work.n_test * work.n_train * sum(work.arrays.values())
+        if work.directions or not costs:  # derivatives by features: about two passes through the model for each score
+            gradients = 2 * work.n_test * work.n_train * costs.gradient_flops if costs else 0
+        else:
+            gradients = 0 if work.reads_gradients else work.n_train * costs.gradient_flops
+        flops = {"factors": work.n_test * costs.factor_flops if costs else 0, "scores": products + gradients}
+        return {name: n for name, n in flops.items() if n}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """About how long each stage takes; empty without a calibration."""
+        work, costs = self.work, self.costs
+        if costs is None:
+            return {}
+        sizes, rate = work.sizes, costs.bytes_per_second
+        written = sum(size for name, size in sizes.items() if name not in ("factors", "strongest scores"))
+        per_train = (0.0 if work.reads_gradients else costs.gradient_seconds) + (
+            costs.self_seconds if work.self_influences else 0.0
+        )
+        if work.directions:
+            per_train += 2 * work.n_test * costs.gradient_seconds
+        products = 2 * work.n_test * work.n_train * sum(work.arrays.values()) / costs.flops_per_second
+        scores = work.n_train * per_train + products + (written + self.bytes_read + self.candidate_bytes) / rate
+        seconds = {
+            "factors": work.n_test * costs.factor_seconds + sizes.get("factors", 0) / rate,
+            "scores": scores if work.n_train else 0.0,
+            "strongest": 2 * self.candidate_bytes / rate,
+        }
+        return {stage.name: seconds[stage.name] / min(costs.n_workers, stage.n_tasks) for stage in self.stages}
+
+    @property
+    def seconds_of_gradients(self) -> tuple[float, float] | None:
+        """To compute the rows of all training samples, and to read them back had they been kept; None if not known."""
+        work, costs = self.work, self.costs
+        if costs is None or not work.n_train or work.reads_gradients or work.directions:
+            return None
+        reading = work.n_train * work.row_bytes / costs.bytes_per_second
+        return work.n_train * costs.gradient_seconds / costs.n_workers, reading / costs.n_workers
 
     def to_json(self) -> dict[str, Any]:
         """As plain values; `Plan.from_json` reads them."""
@@ -226,30 +377,70 @@ class Plan:
     def from_json(cls, values: dict[str, Any]) -> Plan:
         """A plan written by `to_json`."""
         work = values["work"] | {"features": tuple(values["work"]["features"])}
-        return cls(**(values | {"work": Work(**work)}))
+        costs = Costs(**values["costs"]) if values["costs"] else None
+        return cls(**(values | {"work": Work(**work), "costs": costs}))
 
-    def __str__(self) -> str:
+    def _lines(self) -> list[tuple[str, str]]:
+        """What there is to say, as pairs of what and how much; a heading has no second part."""
         work = self.work
         lines = [
-            f"Plan: {work.n_test:,} test x {work.n_train:,} training samples, rows of {format_bytes(work.row_bytes)}"
+            (
+                f"Plan: {work.n_test:,} test x {work.n_train:,} training samples, rows of "
+                f"{format_bytes(work.row_bytes)}",
+                "",
+            )
         ]
         for stage in self.stages:
             memory = self.memory(stage.name)
             lines.append(
-                f"  {stage.name}: {stage.n_tasks:,} tasks of {stage.chunk:,} samples, "
-                f"projected peak {format_bytes(sum(memory.values()))} a worker"
+                (
+                    f"{stage.name}: {stage.n_tasks:,} tasks of {stage.chunk:,} samples, projected peak "
+                    f"{format_bytes(sum(memory.values()))} a worker",
+                    "",
+                )
             )
-            lines += [f"    {part:<22}{format_bytes(size):>10}" for part, size in memory.items()]
-        lines.append(
-            f"  limit {format_bytes(self.memory_limit)} a worker above its imports; batches of {self.batch_size}; "
-            f"factor tiles of {self.test_chunk:,}"
+            lines += [(part, format_bytes(size)) for part, size in memory.items()]
+        often = "once a worker" if self.holds_factors else f"{self.n_chunks:,} times"
+        lines += [
+            ("in all", ""),
+            ("limit a worker", f"{format_bytes(self.memory_limit)} above its imports"),
+            ("through the model", f"batches of {self.batch_size:,}"),
+            ("a training gradient", "read from a store" if work.reads_gradients else "computed once"),
+        ]
+        if work.n_test and work.n_train:
+            lines.append(("factor tiles", f"of {self.test_chunk:,} test samples, each read {often}"))
+        lines += [(name, format_bytes(size)) for name, size in work.sizes.items()]
+        lines.append(("written", format_bytes(self.bytes_written)))
+        lines.append(("read back", format_bytes(self.bytes_read)))
+        lines += [(f"FLOPs of {name}", f"{n:.1e}") for name, n in self.flops.items()]
+        for name, seconds in self.seconds.items():
+            known = name != "factors" or not work.solves
+            lines.append((f"time of {name}", f"about {format_time(seconds)}" if known else "as iterations take"))
+        if self.seconds_of_gradients and not work.keeps_gradients:
+            compute, read = self.seconds_of_gradients
+            size = format_bytes(work.n_train * work.row_bytes)
+            lines.append(
+                (
+                    "keep the gradients?",
+                    f"{size} would save later runs {format_time(compute)} and take {format_time(read)} to read",
+                )
+            )
+        return lines
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"    {what:<22}{how_much:>12}" if how_much else f"{'' if i == 0 else '  '}{what}"
+            for i, (what, how_much) in enumerate(self._lines())
         )
-        often = " a worker" if self.holds_factors else ""
-        lines.append(
-            f"  writes {format_bytes(self.bytes_written)}, reads back {format_bytes(self.bytes_read)} of factors{often}"
-            "; each gradient is computed once"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{html.escape(what)}</td><td>{html.escape(how_much)}</td></tr>"
+            if how_much
+            else f'<tr><th colspan="2" style="text-align:left">{html.escape(what)}</th></tr>'
+            for what, how_much in self._lines()
         )
-        return "\n".join(lines)
+        return f"<table>{rows}</table>"
 
 
 def make_plan(work: Work, memory_limit: int, *, test_chunk: int | None = None, train_chunk: int | None = None) -> Plan:
@@ -273,6 +464,7 @@ def make_plan(work: Work, memory_limit: int, *, test_chunk: int | None = None, t
         "train_chunk": train_chunk or _first_size(work.n_train, _MIN_TRAIN_TASKS, _MAX_TRAIN),
         "batch_size": min(work.batch_size or _MAX_BATCH, _MAX_BATCH, max(work.n_test, work.n_train)),
     }
+
     sizes["test_chunk"] = min(sizes["test_chunk"], max(work.n_test, 1))
     sizes["train_chunk"] = min(sizes["train_chunk"], max(work.n_train, 1))
 
@@ -286,6 +478,8 @@ def make_plan(work: Work, memory_limit: int, *, test_chunk: int | None = None, t
         if not shrinkable:
             raise PlanError(_refusal(plan(), given))
         sizes = min((_halved(sizes, name) for name in shrinkable), key=_peak_of(work, memory_limit))
+    if train_chunk is None and sizes["train_chunk"] > work.source_rows:  # decode each chunk of the source once
+        sizes["train_chunk"] -= sizes["train_chunk"] % work.source_rows
     holding = replace(plan(), holds_factors=True)
     return holding if holding.peak <= memory_limit else plan()
 

@@ -32,7 +32,9 @@ FORMAT_VERSION = 1
 #: The attribute of the root group that says what made the store.
 ATTRIBUTE = "outfluence"
 
-_RECEIPTS, _INPUTS = "receipts", "inputs"
+_RECEIPTS, _WORK = "receipts", "work"
+#: In the name of the receipt of a task that is done in part.
+_PART = ".part."
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Store:
         cls,
         path: str | os.PathLike[str],
         specs: Sequence[ArraySpec],
-        coordinates: Mapping[str, int],
+        coordinates: Mapping[str, np.ndarray],
         about: dict[str, Any],
     ) -> Store:
         """Make a store, all its arrays filled with NaN. It appears at its path whole or not at all.
@@ -116,7 +118,7 @@ class Store:
         Args:
             path: where; must be free.
             specs: its arrays.
-            coordinates: dimensions that get an index ``0 ... n - 1``, with n.
+            coordinates: values of the axes, by the name of the axis.
             about: what made it: "identity", "plan", "tasks" (number by stage), and whatever else is worth keeping.
 
         Raises:
@@ -189,11 +191,11 @@ class Store:
         """A region of an array."""
         return np.asarray(self._array(path, "r")[region])
 
-    def write(self, path: str, region: tuple[slice, ...], block: np.ndarray) -> int:
+    def write(self, path: str, region: tuple[slice, ...], block: np.ndarray) -> dict[str, Any]:
         """Write whole chunks of an array, down to the disk, and read them back.
 
         Returns:
-            A checksum (CRC-32) of the block's bytes.
+            What a receipt says of it: the array, the region, and a checksum (CRC-32) of the block's bytes.
 
         Raises:
             StoreError: if what is read back is not what was written, or the disk refuses.
@@ -212,28 +214,75 @@ class Store:
         checksum = _checksum(block)
         if _checksum(np.asarray(array[region])) != checksum:
             raise StoreError(f"{path} in {self.path} reads back differently: the disk or its network is not reliable")
-        return checksum
+        bounds = [r.indices(n)[:2] for r, n in zip(region, array.shape, strict=False)]  # trailing axes are whole
+        return {
+            "array": path,
+            "start": [start for start, _ in bounds],
+            "stop": [stop for _, stop in bounds],
+            "bytes": block.nbytes,
+            "crc32": checksum,
+        }
+
+    def is_sound(self, receipt: Mapping[str, Any], results_only: bool = False) -> bool:
+        """Whether all that a task wrote is still there as it was written: reads it, and compares the checksums.
+
+        Args:
+            receipt: of the task.
+            results_only: never mind what only the run needed.
+        """
+        for written in receipt["written"]:
+            if results_only and written["array"].startswith(f"{_WORK}/"):
+                continue
+            region = tuple(slice(*bounds) for bounds in zip(written["start"], written["stop"], strict=True))
+            try:
+                if _checksum(self.read(written["array"], region)) != written["crc32"]:
+                    return False
+            except Exception:  # truncated, unreadable, or its own checksum (CRC-32C) is wrong
+                return False
+        return True
 
     def leave_receipt(self, stage: str, task: int, receipt: Mapping[str, Any]) -> None:
-        """Declare a task done. Call it last: after its data is written."""
+        """Declare a task done; or done in part, if the receipt says that something is ``missing``.
+
+        Call it last: after the data is written.
+        """
         self.check_still_there()
         folder = self.path / _RECEIPTS
         folder.mkdir(exist_ok=True)
-        _write_whole(folder / f"{stage}-{task:08d}.json", json.dumps(receipt).encode())
+        whole, part = self._receipt_file(stage, task), self._receipt_file(stage, task, _PART)
+        _write_whole(part if receipt.get("missing") else whole, json.dumps(receipt).encode())
+        if not receipt.get("missing"):
+            part.unlink(missing_ok=True)
 
-    def done(self, stage: str) -> set[int]:
-        """The tasks of a stage that have left a receipt; one directory listing."""
+    def withdraw_receipt(self, stage: str, task: int) -> None:
+        """Declare that a task is to be done again."""
+        self._receipt_file(stage, task).unlink(missing_ok=True)
+        _sync(self.path / _RECEIPTS)
+
+    def done(self, stage: str, or_in_part: bool = False) -> set[int]:
+        """The tasks of a stage that are done; one directory listing."""
         names = os.listdir(self.path / _RECEIPTS) if (self.path / _RECEIPTS).exists() else []
-        ours = (name for name in names if name.startswith(f"{stage}-") and name.endswith(".json"))
-        return {int(name.removesuffix(".json").rpartition("-")[2]) for name in ours}
+        if or_in_part:
+            names = [name.replace(_PART, ".") for name in names]
+        numbers = (name.removeprefix(f"{stage}-").removesuffix(".json") for name in names if name.startswith(stage))
+        return {int(number) for number in numbers if number.isdecimal()}
+
+    def done_in_part(self, stage: str, missing: set[int]) -> set[int]:
+        """The tasks of a stage that are done but for what is still missing: nothing can be added to them now."""
+        parts = self.done(stage, or_in_part=True) - self.done(stage)
+        receipts = {task: json.loads(self._receipt_file(stage, task, _PART).read_bytes()) for task in parts}
+        return {task for task, receipt in receipts.items() if {start for start, _ in receipt["missing"]} <= missing}
 
     def receipt(self, stage: str, task: int) -> dict[str, Any] | None:
-        """The receipt of a task, or None if it has left none."""
+        """The receipt of a task, or None if it is not done."""
         try:
-            receipt: dict[str, Any] = json.loads((self.path / _RECEIPTS / f"{stage}-{task:08d}.json").read_bytes())
+            receipt: dict[str, Any] = json.loads(self._receipt_file(stage, task).read_bytes())
         except FileNotFoundError:
             return None
         return receipt
+
+    def _receipt_file(self, stage: str, task: int, kind: str = ".") -> Path:
+        return self.path / _RECEIPTS / f"{stage}-{task:08d}{kind}json"
 
     def receipts(self, stage: str) -> list[dict[str, Any]]:
         """The receipts of a stage, in order of its tasks."""
@@ -262,7 +311,7 @@ class Store:
             n_rows: number of samples.
             blocks: consecutive ranges of them.
         """
-        folder = self.input_file(content)
+        folder = self.work_file(content)
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / name).exists():
             first = next(blocks)
@@ -285,20 +334,27 @@ class Store:
                 shutil.rmtree(made, ignore_errors=True)
         return zarr.open_array(str(folder / name), mode="r")
 
-    def input_file(self, name: str) -> Path:
+    def work_file(self, name: str) -> Path:
         """Where a file that the run needs is, or would be."""
-        return self.path / _INPUTS / name
+        return self.path / _WORK / name
 
     def put_file(self, name: str, content: bytes) -> Path:
         """Write a file that the run needs."""
-        file = self.input_file(name)
-        file.parent.mkdir(exist_ok=True)
+        file = self.work_file(name)
+        file.parent.mkdir(parents=True, exist_ok=True)
         _write_whole(file, content)
         return file
 
-    def drop_inputs(self) -> None:
+    def restore_work(self, specs: Sequence[ArraySpec]) -> None:
+        """Make the arrays again that only the run needs, if they are gone: a finished store is to be mended."""
+        group = zarr.open_group(str(self.path), mode="r+", use_consolidated=False)
+        for spec in specs:
+            if spec.path.startswith(f"{_WORK}/") and not (self.path / spec.path).exists():
+                _add(group, spec)
+
+    def drop_work(self) -> None:
         """Forget what only the run needed: the results are complete."""
-        shutil.rmtree(self.path / _INPUTS, ignore_errors=True)
+        shutil.rmtree(self.path / _WORK, ignore_errors=True)
 
     def _array(self, path: str, mode: Literal["r", "r+"]) -> zarr.Array[Any]:
         return zarr.open_array(str(self.path / path), mode=mode)
@@ -315,29 +371,44 @@ class Store:
             yield self.path.joinpath(path, "c", *map(str, index))
 
 
-def _lay_out(folder: Path, specs: Sequence[ArraySpec], coordinates: Mapping[str, int], about: dict[str, Any]) -> None:
+def _lay_out(
+    folder: Path, specs: Sequence[ArraySpec], coordinates: Mapping[str, np.ndarray], about: dict[str, Any]
+) -> None:
     group = zarr.create_group(str(folder), zarr_format=3, overwrite=True, attributes={ATTRIBUTE: about})
-    for dim, n in coordinates.items():
+    for dim, values in coordinates.items():
         index = group.create_array(
-            dim, shape=(n,), chunks=(min(n, 1 << 20),), dtype="int64", dimension_names=(dim,), compressors=None
+            dim,
+            shape=values.shape,
+            chunks=(min(len(values), 1 << 20),),
+            dtype=values.dtype.name if values.dtype.kind in "iuf" else str,
+            dimension_names=(dim,),
+            compressors=None,
         )
-        index[:] = np.arange(n)
+        index[:] = values
+    passing = [spec for spec in specs if spec.path.startswith(f"{_WORK}/")]
     for spec in specs:
-        group.create_array(
-            spec.path,
-            shape=spec.shape,
-            chunks=spec.chunks,
-            dtype=spec.dtype,
-            fill_value=float("nan"),  # what is not computed yet is not a number, and no chunk equals it
-            filters=None,
-            compressors=[Crc32cCodec()],  # scores do not compress, but a flipped bit must not be read in silence
-            dimension_names=spec.dims,
-            attributes=dict(spec.attributes),
-        )
+        if spec not in passing:
+            _add(group, spec)
     with warnings.catch_warnings():
         # Consolidated metadata is an extension of the Zarr 3 specification; xarray looks for it and warns without.
         warnings.filterwarnings("ignore", message="Consolidated metadata")
         zarr.consolidate_metadata(str(folder))
+    for spec in passing:  # nobody shall look for them later
+        _add(group, spec)
+
+
+def _add(group: zarr.Group, spec: ArraySpec) -> None:
+    group.create_array(
+        spec.path,
+        shape=spec.shape,
+        chunks=spec.chunks,
+        dtype=spec.dtype,
+        fill_value=float("nan") if spec.dtype.startswith("f") else -1,  # not computed yet; no chunk equals it
+        filters=None,
+        compressors=[Crc32cCodec()],  # scores do not compress, but a flipped bit must not be read in silence
+        dimension_names=spec.dims,
+        attributes=dict(spec.attributes),
+    )
 
 
 def _write_whole(file: Path, content: bytes) -> None:

@@ -13,10 +13,11 @@ import pickle
 import resource
 import socket
 import sys
+import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -28,31 +29,97 @@ import psutil
 import torch
 from distributed import get_worker
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from outfluence.analysis import first_of
 from outfluence.curvature import VECTORS
 from outfluence.data import Data, to_numpy, tree_leaves, tree_map
 from outfluence.errors import ClusterError, ConvergenceWarning, StoreError
+from outfluence.executors import KILLED
+from outfluence.fingerprint import fingerprint
 from outfluence.influence import InfluenceModel
 from outfluence.modes import InfluenceMode
-from outfluence.plan import ACTIVATION_COPIES, Plan, Work
+from outfluence.plan import ACTIVATION_COPIES, Costs, Plan, Work
 from outfluence.problem import DIRECTIONS
 from outfluence.rows import DenseRows, Rows, check_finite
 from outfluence.store import Store
 
-#: Where the arrays of left rows, scores and self-influences are in a store.
-FACTORS, SCORES, SELVES = "factors", "scores", "self_influences"
+#: Where the arrays of left rows, scores, self-influences, means of groups and right rows are in a store.
+FACTORS, SCORES, SELVES, MEANS, GRADIENTS = "factors", "scores", "self_influences", "group_means", "gradients"
+#: The strongest scores: names of the arrays of the highest and of the lowest.
+TOP, BOTTOM = "top", "bottom"
+#: Where strips leave their strongest scores.
+CANDIDATES = "work/candidates"
+
+#: Rows of a block of scores that are looked at together where that takes memory.
+_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is made of the scores, all in one pass.
+
+    Attributes:
+        matrix: all of them.
+        top: the highest of each test sample, so many.
+        bottom: the lowest.
+        self_influences: those of training samples on themselves.
+        gradients: the rows of the training samples, for later.
+        group_of: for the means over groups of test samples, the number of each one's group; or None.
+        group_names: of the groups, in order of their numbers.
+    """
+
+    matrix: bool = True
+    top: int = 0
+    bottom: int = 0
+    self_influences: bool = False
+    gradients: bool = False
+    group_of: np.ndarray | None = None
+    group_names: np.ndarray | None = None
+
+    @property
+    def n_groups(self) -> int:
+        """Number of groups."""
+        return 0 if self.group_names is None else len(self.group_names)
+
+    @property
+    def strongest(self) -> dict[str, int]:
+        """How many of the strongest scores are wanted, of each kind."""
+        return {kind: k for kind, k in ((TOP, self.top), (BOTTOM, self.bottom)) if k}
+
+    def identity(self) -> dict[str, Any]:
+        """As plain values."""
+        groups = None if self.group_of is None else fingerprint((self.group_of, self.group_names.tolist()))  # type: ignore[union-attr]
+        names = ("matrix", "top", "bottom", "self_influences", "gradients")
+        return {name: getattr(self, name) for name in names} | {"groups": groups}
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that a task needs. Workers read it from the store."""
+    """All that a task needs. Workers read it from the store.
+
+    Attributes:
+        model: fitted.
+        test: whose factors are computed; or
+        factors: computed before.
+        train: whose gradients are computed; or
+        gradients: their rows, kept by another run.
+        mode: perturb weights or features.
+        wanted: which results.
+        plan: how it is cut.
+        store: where the results go.
+        store_id: of that store.
+        threads: that torch is to use; None: as it is.
+        baseline_bytes: what the process took before.
+    """
 
     model: InfluenceModel
     test: Data | None = None
     factors: Data | None = None
     train: Data | None = None
+    gradients: Data | None = None
     mode: InfluenceMode = InfluenceMode.Up
-    self_influences: bool = False
+    wanted: Wanted = Wanted()
     plan: Plan | None = None
     store: Path | None = None
     store_id: str = ""
@@ -60,21 +127,9 @@ class Job:
     baseline_bytes: int = 0
 
     @property
-    def results(self) -> list[str]:
-        """Names of the variables of the result; what was asked for first comes last."""
-        has_test = self.test is not None or self.factors is not None
-        if self.train is None:
-            return ["factors"]
-        return (
-            (["factors"] if has_test else [])
-            + ([SELVES] if self.self_influences else [])
-            + ([SCORES] if has_test else [])
-        )
-
-    @property
     def data(self) -> dict[str, Data]:
         """The data by role."""
-        roles = {"test": self.test, "factors": self.factors, "train": self.train}
+        roles = {"test": self.test, "factors": self.factors, "train": self.train, "gradients": self.gradients}
         return {role: data for role, data in roles.items() if data is not None}
 
     @property
@@ -83,10 +138,22 @@ class Job:
         source = self.model.inverse.data
         return self.data | ({} if source is None else {"fit": source})
 
+    @property
+    def has_test(self) -> bool:
+        """Whether there are test samples."""
+        return self.test is not None or self.factors is not None
+
     def left_rows(self) -> Rows:
         """Left rows of no samples: what arrays they consist of."""
         dense = self.factors is not None and isinstance(self.factors.rows(slice(0, 1)).x, Tensor)
         return self.model.empty_rows(dense)
+
+    def in_batches(self, size: int) -> Job:
+        """This job with other batches."""
+        assert self.plan is not None
+        source = self.model.inverse.data
+        model = self.model if source is None else self.model.reading(source.in_batches(size))
+        return replace(self, model=model, plan=replace(self.plan, batch_size=size))
 
     def identity(self) -> dict[str, Any]:
         """What the numbers in the store depend on. A store is continued by the same identity only."""
@@ -94,18 +161,18 @@ class Job:
             **self.model.identity(),
             **{f"{role}_data": data.fingerprint for role, data in self.data.items()},
             "mode": str(self.mode),
-            "results": self.results,
+            "results": self.wanted.identity(),
             "dtype": numpy_name(self.model.problem.dtype),
             "versions": {name: version_of(name).split(".")[0] for name in ("outfluence", "torch")},
         }
 
     def work(self) -> Work:
         """The sizes of this job."""
-        problem = self.model.problem
+        problem, wanted = self.model.problem, self.wanted
         itemsize = torch.finfo(problem.dtype).bits // 8
         n_rows = self.test if self.test is not None else self.factors
-        sample_of = self.train if self.train is not None else self.test
-        assert sample_of is not None
+        read = self.train if self.train is not None else self.gradients
+        sample_of = next(data for data in (read, n_rows) if data is not None)
         sample = sample_of.rows(slice(0, 1))
         perturbation = self.mode is InfluenceMode.Perturbation and self.train is not None
         floats = [leaf for leaf in tree_leaves(sample.x) if leaf.is_floating_point()]
@@ -113,7 +180,8 @@ class Job:
             zeros = torch.zeros(1, problem.n_parameters, dtype=problem.dtype, device=problem.device)
             problem.mixed_derivatives(zeros, *sample)
         hints = [data.batch_size for data in self.inputs.values() if data.batch_size]
-        activations = problem.activation_bytes(sample)
+        through_model = self.train if self.train is not None else self.test
+        activations = 0 if through_model is None else problem.activation_bytes(through_model.rows(slice(0, 1)))
         source = self.model.inverse.data
         kept = (
             len(source) * activations * ACTIVATION_COPIES
@@ -124,13 +192,20 @@ class Job:
         buffers = sum(b.nbytes for b in self.model.problem.model.buffers())
         return Work(
             n_test=len(n_rows) if n_rows is not None else 0,
-            n_train=len(self.train) if self.train is not None else 0,
+            n_train=len(read) if read is not None else 0,
             arrays={name: array.shape[1] for name, array in self.left_rows().arrays.items()},
             itemsize=itemsize,
             n_parameters=problem.n_parameters,
             features=tuple(floats[0].shape[1:]) if perturbation else (),
             directions=DIRECTIONS if perturbation else 0,
-            self_influences=self.self_influences,
+            self_influences=wanted.self_influences,
+            matrix=wanted.matrix and n_rows is not None and read is not None,
+            top=wanted.top,
+            bottom=wanted.bottom,
+            groups=wanted.n_groups,
+            keeps_gradients=wanted.gradients,
+            reads_gradients=self.gradients is not None,
+            source_rows=sample_of.source_rows,
             model_bytes=sum(p.nbytes for p in problem.model.parameters()) + buffers + inverse,
             activation_bytes=activations,
             batch_size=min(hints) if hints else None,
@@ -141,7 +216,11 @@ class Job:
         )
 
 
-def remote_task(recipe: str, version: int, stage: str, task: int) -> dict[str, Any]:
+#: Something done in a worker: with the job, a task's number and which attempt it is; gives a receipt.
+Do = Callable[..., dict[str, Any]]
+
+
+def remote_task(recipe: str, version: int, do: Do, task: int, attempt: int = 0) -> dict[str, Any]:
     """Do a task in a Dask worker, with the job that its store keeps.
 
     Raises:
@@ -153,7 +232,7 @@ def remote_task(recipe: str, version: int, stage: str, task: int) -> dict[str, A
     if not _BUSY.acquire(blocking=False):
         raise ClusterError(f"worker {worker.address} shares its process with another: start workers as processes")
     try:
-        return run_task(_job_from(recipe, version), stage, task)
+        return do(job_from(recipe, version), task=task, attempt=attempt)
     finally:
         _BUSY.release()
 
@@ -163,7 +242,8 @@ _BUSY = threading.Lock()
 
 
 @lru_cache(maxsize=1)
-def _job_from(recipe: str, version: int) -> Job:  # noqa: ARG001 - a rewritten recipe is another one
+def job_from(recipe: str, version: int) -> Job:  # noqa: ARG001 - a rewritten recipe is another one
+    """Read a job, once a process."""
     baseline = resident_bytes()  # before the model: the worker may have done other work before
     job: Job = replace(pickle.loads(Path(recipe).read_bytes()), baseline_bytes=baseline)
     job.model.assume_unchanged()
@@ -174,25 +254,37 @@ def _job_from(recipe: str, version: int) -> Job:  # noqa: ARG001 - a rewritten r
 
 def forget() -> None:
     """Let go of what this process keeps between the tasks of a run."""
-    _job_from.cache_clear()
+    job_from.cache_clear()
     _held_factors.cache_clear()
 
 
-def run_task(job: Job, stage: str, task: int) -> dict[str, Any]:
-    """Compute and store one range of samples, and leave the receipt."""
+def run_task(job: Job, stage: str, missing: Sequence[int], task: int, attempt: int = 0) -> dict[str, Any]:
+    """Compute and store one range of samples, and leave the receipt.
+
+    Args:
+        job: what is computed.
+        stage: of which stage.
+        missing: the first sample of each tile of test samples that has no factors.
+        task: which task of the stage.
+        attempt: `KILLED` if workers were killed while it ran: then in smaller batches. Otherwise an attempt is like any
+            other, so that its numbers are the same to the bit.
+    """
     assert job.plan is not None
     assert job.store is not None
-    watch = _Watch(job.baseline_bytes)
     store = Store(job.store)
     if store.id != job.store_id:
         raise StoreError(f"{job.store} has been replaced by another store")
     finished = store.receipt(stage, task)
     if finished is not None:  # a scheduler repeats a finished task if the worker that knew of it is lost
-        return finished
+        return _summary(finished)
     (samples,) = (s.samples(task) for s in job.plan.stages if s.name == stage)
+    if attempt == KILLED:
+        job = job.in_batches(max(1, job.plan.batch_size // 4))
+    plan = job.plan
+    assert plan is not None
     with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
-        written, checksums = (_factors if stage == "factors" else _strip)(job, store, samples, watch)
+        record = _within_memory(job, store, stage, samples, missing)
     for one in caught:
         if not issubclass(one.category, ConvergenceWarning):
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
@@ -201,18 +293,52 @@ def run_task(job: Job, stage: str, task: int) -> dict[str, Any]:
         "task": task,
         "start": samples.start,
         "stop": samples.stop,
-        "bytes_written": written,
-        "checksums": checksums,
-        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+        "missing": record.missing,
         "worker": f"{socket.gethostname()}:{os.getpid()}",
         "warnings": [str(one.message) for one in caught if issubclass(one.category, ConvergenceWarning)],
-        **watch.report(),
+        "projected_bytes": sum(plan.memory(stage).values()),
+        **record.report(),
     }
     store.leave_receipt(stage, task, receipt)
-    return receipt
+    return _summary(receipt)
 
 
-def _factors(job: Job, store: Store, samples: slice, watch: _Watch) -> tuple[int, dict[str, int]]:
+def _summary(receipt: dict[str, Any]) -> dict[str, Any]:
+    """What the client wants to know; a list of all that was written may be long."""
+    return {key: value for key, value in receipt.items() if key != "written"}
+
+
+def check_task(job: Job, stage: str, results_only: bool, task: int, attempt: int = 0) -> dict[str, Any]:  # noqa: ARG001
+    """Whether what a task has written is still there, unchanged: ``sound``."""
+    assert job.store is not None
+    store = Store(job.store)
+    receipt = store.receipt(stage, task)
+    return {"sound": receipt is not None and store.is_sound(receipt, results_only)}
+
+
+def _within_memory(job: Job, store: Store, stage: str, samples: slice, missing: Sequence[int]) -> Record:
+    """Do it; if memory does not suffice, in batches of half the size, and so on."""
+    bodies = {"factors": _factors, "scores": _strip, "strongest": _strongest}
+    while True:
+        record = Record(store, job.baseline_bytes)
+        try:
+            bodies[stage](job, samples, record, missing)
+        except (MemoryError, RuntimeError) as error:
+            assert job.plan is not None
+            if not _is_out_of_memory(error) or job.plan.batch_size == 1:
+                raise
+            job = job.in_batches(job.plan.batch_size // 2)
+        else:
+            return record
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def _factors(job: Job, samples: slice, record: Record, _missing: Sequence[int]) -> None:
     """The left rows of a range of test samples."""
     model, plan = job.model, job.plan
     assert plan is not None
@@ -224,111 +350,242 @@ def _factors(job: Job, store: Store, samples: slice, watch: _Watch) -> tuple[int
     # Passes over the data of the fit are shared by all samples of the chunk.
     for part in [samples] if plan.work.solves else list(_batches(samples, plan.batch_size)):
         if job.factors is not None:
-            with watch("read"):
-                rows = _given_factors(template, job.factors.rows(part).x, model)
+            with record("read"):
+                rows = _given_rows(template, job.factors.rows(part).x, model)
             for array in rows.arrays.values():
                 check_finite(array, "influence factors", "test", part.start)
         else:
-            gradients = _gradients(job, part, watch)
-            with watch("factors"):
+            gradients = _gradients(job, part, record)
+            with record("factors"):
                 rows = model.encode(gradients, "test", part.start)
         for name, array in rows.arrays.items():
             arrays[name][_within(part, samples)] = to_numpy(array)
-    with watch("write"):
-        checksums = {f"{FACTORS}/{name}": store.write(f"{FACTORS}/{name}", (samples,), a) for name, a in arrays.items()}
-    return sum(array.nbytes for array in arrays.values()), checksums
+    for name, values in arrays.items():
+        record.write(f"{FACTORS}/{name}", (samples,), values)
 
 
-def _gradients(job: Job, samples: slice, watch: _Watch) -> DenseRows:
+def _gradients(job: Job, samples: slice, record: Record) -> DenseRows:
     """The gradients of a range of test samples, a batch at a time."""
     assert job.plan is not None
     assert job.test is not None
     parts = []
     for part in _batches(samples, job.plan.batch_size):
-        with watch("read"):
+        with record("read"):
             batch = job.test.rows(part)
-        with watch("gradients"):
+        with record("gradients"):
             parts.append(job.model.gradient_rows(*batch, "test", part.start))
     values = parts[0].values if len(parts) == 1 else torch.cat([rows.values for rows in parts])
     return parts[0].with_arrays({"values": values})
 
 
-def _given_factors(template: Rows, x: Any, model: InfluenceModel) -> Rows:
+def _given_rows(template: Rows, x: Any, model: InfluenceModel) -> Rows:
     arrays = {"values": x} if isinstance(x, Tensor) else x
     return template.with_arrays({name: a.to(model.problem.device, model.problem.dtype) for name, a in arrays.items()})
 
 
-def _strip(job: Job, store: Store, samples: slice, watch: _Watch) -> tuple[int, dict[str, int]]:
-    """The scores of a range of training samples for all test samples, and their self-influences."""
-    if job.mode is InfluenceMode.Perturbation:
-        return _perturbed_strip(job, store, samples, watch)
+def _strip(job: Job, samples: slice, record: Record, missing: Sequence[int]) -> None:
+    """All results that a range of training samples has a part in, chunk by chunk."""
+    assert job.plan is not None
+    for chunk in _batches(samples, job.plan.train_chunk):
+        if job.mode is InfluenceMode.Perturbation:
+            scores = _perturbed(job, chunk, record)
+        else:
+            scores = _dot_products(job, chunk, record)
+        _collect(job, chunk, scores, record, missing)
+
+
+#: The scores of a tile of test samples.
+Scores = Callable[[slice], Tensor]
+
+
+def _dot_products(job: Job, chunk: slice, record: Record) -> Scores:
+    """Scores of a chunk of training samples, from their rows, which are computed here; and what else these give."""
     model, plan = job.model, job.plan
     assert plan is not None
-    assert job.train is not None
     left = job.left_rows()
-    n = length(samples) if plan.test_tiles else 0
-    arrays = {name: array.new_empty(n, array.shape[1]) for name, array in left.arrays.items()}
-    selves = []
-    with watch("read"):
-        rows = job.train.rows(samples)
-    for part in _batches(samples, plan.batch_size):
-        x, y = tree_map(partial(_part, _within(part, samples)), rows)
-        with watch("gradients"):
-            gradients = model.gradient_rows(x, y, "training", part.start)
-            if plan.test_tiles:
-                for name, array in model.right_rows(gradients, left).arrays.items():
-                    arrays[name][_within(part, samples)] = array
-        if job.self_influences:
-            with watch("self-influences"):
-                selves.append(model.inverse.quadratic(gradients))
-    written, checksums = 0, {}
-    if job.self_influences:
-        block = torch.cat(selves)
-        check_finite(block, "self-influences", "training", samples.start)
-        with watch("write"):
-            checksums[SELVES] = store.write(SELVES, (samples,), to_numpy(block))
-        written += block.nbytes
-    right = left.with_arrays(arrays)
-    for tile in plan.test_tiles:
-        with watch("read factors"):
-            left = _factors_of(job, store, tile)
-        with watch("scores"):
-            block = left.dot(right)
-        written += _write_scores(store, (tile, samples), block, watch, checksums)
-    return written, checksums
+    n = length(chunk) if plan.test_tiles or job.wanted.gradients else 0
+    if job.gradients is not None:
+        with record("read"):
+            right = _given_rows(left, job.gradients.rows(chunk).x, model)
+        for array in right.arrays.values():
+            check_finite(array, "stored gradients", "training", chunk.start)
+    else:
+        arrays = {name: array.new_empty(n, array.shape[1]) for name, array in left.arrays.items()}
+        for part, gradients in _gradients_of_chunk(job, chunk, record):
+            if n:
+                with record("gradients"):
+                    for name, array in model.right_rows(gradients, left).arrays.items():
+                        arrays[name][_within(part, chunk)] = array
+        right = left.with_arrays(arrays)
+    if job.wanted.gradients:
+        for name, array in right.arrays.items():
+            record.write(f"{GRADIENTS}/{name}", (chunk,), to_numpy(array))
+
+    def scores(tile: slice) -> Tensor:
+        left = _factors_of(job, tile, record)
+        with record("scores"):
+            return left.dot(right)
+
+    return scores
 
 
-def _perturbed_strip(job: Job, store: Store, samples: slice, watch: _Watch) -> tuple[int, dict[str, int]]:
-    """The scores of the features of a range of training samples, for all test samples."""
+def _perturbed(job: Job, chunk: slice, record: Record) -> Scores:
+    """Scores of the features of a chunk of training samples."""
     model, plan = job.model, job.plan
     assert plan is not None
     assert job.train is not None
-    written, checksums = 0, dict[str, int]()
-    with watch("read"):
-        rows = job.train.rows(samples)
+    if job.wanted.self_influences:
+        for _ in _gradients_of_chunk(job, chunk, record):
+            pass
+    with record("read"):
+        rows = job.train.rows(chunk)
+
+    def scores(tile: slice) -> Tensor:
+        left = _factors_of(job, tile, record)
+        block = torch.empty(len(left), length(chunk), *plan.work.features, dtype=model.problem.dtype)
+        for part in _batches(chunk, plan.batch_size):
+            batch = tree_map(partial(_part, _within(part, chunk)), rows)
+            with record("scores"):
+                block[:, _within(part, chunk)] = model.perturbations(left, *batch).to(block)
+        return block
+
+    return scores
+
+
+def _gradients_of_chunk(job: Job, chunk: slice, record: Record) -> Iterator[tuple[slice, DenseRows]]:
+    """The gradients of a chunk of training samples, a batch at a time; their self-influences on the way."""
+    assert job.plan is not None
+    assert job.train is not None
+    selves = []
+    with record("read"):
+        rows = job.train.rows(chunk)
+    for part in _batches(chunk, job.plan.batch_size):
+        x, y = tree_map(partial(_part, _within(part, chunk)), rows)
+        with record("gradients"):
+            gradients = job.model.gradient_rows(x, y, "training", part.start)
+        if job.wanted.self_influences:
+            with record("self-influences"):
+                selves.append(job.model.inverse.quadratic(gradients))
+        yield part, gradients
+    if selves:
+        block = torch.cat(selves)
+        check_finite(block, "self-influences", "training", chunk.start)
+        record.write(SELVES, (chunk,), to_numpy(block))
+
+
+def _collect(job: Job, chunk: slice, scores: Scores, record: Record, missing: Sequence[int]) -> None:
+    """Make all results of the blocks of scores of a chunk, a tile of test samples after the other."""
+    plan, wanted = job.plan, job.wanted
+    assert plan is not None
+    work = plan.work
+    means = torch.zeros(wanted.n_groups, length(chunk), *work.features, dtype=torch.float64)
+    candidates = _Candidates(job, chunk, record)
     for tile in plan.test_tiles:
-        with watch("read factors"):
-            left = _factors_of(job, store, tile)
-        block = torch.empty(len(left), length(samples), *plan.work.features, dtype=model.problem.dtype)
-        for part in _batches(samples, plan.batch_size):
-            batch = tree_map(partial(_part, _within(part, samples)), rows)
-            with watch("scores"):
-                block[:, _within(part, samples)] = model.perturbations(left, *batch).to(block)
-        written += _write_scores(store, (tile, samples), block, watch, checksums)
-    if job.self_influences:
-        up, more = _strip(replace(job, mode=InfluenceMode.Up, plan=_without_test(plan)), store, samples, watch)
-        return written + up, checksums | more
-    return written, checksums
+        groups = None if wanted.group_of is None else torch.from_numpy(wanted.group_of[tile])
+        if tile.start in missing:
+            record.missing.append([tile.start, tile.stop])
+            if groups is not None:
+                means[groups] = float("nan")
+        else:
+            block = scores(tile)
+            check_finite(block, "scores", "test", tile.start)
+            if wanted.matrix:
+                record.write(SCORES, (tile, chunk), to_numpy(block))
+            if groups is not None:
+                with record("means"):
+                    for rows in torch.arange(len(block)).split(_ROWS):  # type: ignore[no-untyped-call]
+                        means.index_add_(0, groups[rows], block[rows].to("cpu", torch.float64))
+            if wanted.strongest:
+                with record("strongest"):
+                    candidates.add(tile, block)
+        candidates.write_up_to(tile.stop)
+    if wanted.group_of is not None:
+        sizes = np.bincount(wanted.group_of, minlength=wanted.n_groups)
+        means /= torch.from_numpy(sizes).reshape(-1, *[1] * (means.ndim - 1))
+        record.write(MEANS, (slice(0, wanted.n_groups), chunk), to_numpy(means.to(job.model.problem.dtype)))
 
 
-def _factors_of(job: Job, store: Store, tile: slice) -> Rows:
+class _Candidates:
+    """The strongest scores of a chunk of training samples, for so many test samples as are kept in one file."""
+
+    def __init__(self, job: Job, chunk: slice, record: Record) -> None:
+        assert job.plan is not None
+        self._job, self._plan, self._chunk, self._record = job, job.plan, chunk, record
+        self._start = 0
+        self._kept: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        n = min(self._plan.candidate_chunk, self._plan.work.n_test - self._start)
+        dtype = numpy_name(self._job.model.problem.dtype)
+        for kind, k in self._job.wanted.strongest.items():
+            width = min(k, self._plan.train_chunk)
+            self._kept[kind] = np.full((n, width), np.nan, dtype), np.full((n, width), -1, np.int64)
+
+    def add(self, tile: slice, block: Tensor) -> None:
+        rows = _within(tile, slice(self._start, 0))
+        for kind, (values, index) in self._kept.items():
+            width = min(values.shape[1], block.shape[1])
+            best, where = strongest(block, width, largest=kind == TOP)
+            values[rows, :width], index[rows, :width] = to_numpy(best), to_numpy(where) + self._chunk.start
+
+    def write_up_to(self, stop: int) -> None:
+        if not self._kept or (stop - self._start < self._plan.candidate_chunk and stop < self._plan.work.n_test):
+            return
+        number = self._chunk.start // self._plan.train_chunk
+        region = (slice(number, number + 1), slice(self._start, stop))
+        for kind, (values, index) in self._kept.items():
+            self._record.write(f"{CANDIDATES}/{kind}_scores", region, values[None])
+            self._record.write(f"{CANDIDATES}/{kind}_train", region, index[None])
+        self._start = stop
+        self._begin()
+
+
+def strongest(block: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
+    """The k strongest scores of each row and their columns, the strongest first; of equal ones the lower column."""
+    values, index = block.topk(k, dim=1, largest=largest, sorted=True)
+    # Which of equal scores topk takes, and in which order, is not said. Take the lowest columns.
+    for rows in torch.arange(len(block)).split(_ROWS):  # type: ignore[no-untyped-call]
+        edge = values[rows, -1:]
+        reaching = (block[rows] >= edge) if largest else (block[rows] <= edge)
+        ambiguous = rows[reaching.sum(1) > k]
+        in_order = block[ambiguous].sort(dim=1, descending=largest, stable=True)
+        values[ambiguous], index[ambiguous] = in_order.values[:, :k], in_order.indices[:, :k]
+    by_column = index.argsort(dim=1)
+    by_value = values.gather(1, by_column).sort(dim=1, descending=largest, stable=True)
+    return by_value.values, index.gather(1, by_column).gather(1, by_value.indices)
+
+
+def _strongest(job: Job, samples: slice, record: Record, missing: Sequence[int]) -> None:
+    """The strongest scores of a range of test samples, from the candidates of all strips."""
+    plan = job.plan
+    assert plan is not None
+    record.missing += [
+        [t.start, t.stop]
+        for t in plan.test_tiles
+        if t.start in missing and t.start in range(samples.start, samples.stop)
+    ]
+    for kind, k in job.wanted.strongest.items():
+        values = np.empty((length(samples), 0), numpy_name(job.model.problem.dtype))
+        index = np.empty(values.shape, np.int64)
+        for number in range(plan.n_chunks):
+            region = (slice(number, number + 1), samples)
+            more = [record.read(f"{CANDIDATES}/{kind}_{what}", region)[0] for what in ("scores", "train")]
+            with record("strongest"):
+                # Strips in order, and a stable sort: of equal scores the lower index comes first. NaN comes last.
+                values, index = first_of(np.hstack([values, more[0]]), np.hstack([index, more[1]]), k, kind == TOP)
+        record.write(f"{kind}_scores", (samples,), values)
+        record.write(f"{kind}_train", (samples,), index)
+
+
+def _factors_of(job: Job, tile: slice, record: Record) -> Rows:
     """The left rows of a tile of test samples, from the store, or held from the strip before."""
     assert job.plan is not None
     if not job.plan.holds_factors:
-        return _read_factors(store, tile, job)
-    held = _held_factors(store.id)
+        return _read_factors(job, tile, record)
+    held = _held_factors(job.store_id)
     if tile.start not in held:
-        held[tile.start] = _read_factors(store, tile, job)
+        held[tile.start] = _read_factors(job, tile, record)
     return held[tile.start]
 
 
@@ -337,10 +594,10 @@ def _held_factors(store_id: str) -> dict[int, Rows]:  # noqa: ARG001 - one run's
     return {}
 
 
-def _read_factors(store: Store, tile: slice, job: Job) -> Rows:
+def _read_factors(job: Job, tile: slice, record: Record) -> Rows:
     template, arrays = job.left_rows(), {}
     for name, array in template.arrays.items():
-        stored = torch.from_numpy(store.read(f"{FACTORS}/{name}", (tile,))).clone()  # aligned, see data
+        stored = torch.from_numpy(record.read(f"{FACTORS}/{name}", (tile,))).clone()  # aligned, see data
         arrays[name] = stored.to(array.device)
         check_finite(arrays[name], "stored influence factors", "test", tile.start)
     return template.with_arrays(arrays)
@@ -349,43 +606,138 @@ def _read_factors(store: Store, tile: slice, job: Job) -> Rows:
 def read_all_factors(job: Job, store: Store) -> np.ndarray:
     """The influence factors in a store, ``(n_test, P)``, whatever they are stored as."""
     assert job.plan is not None
-    n = job.plan.work.n_test
-    return to_numpy(job.model.dense(_read_factors(store, slice(0, n), job)).values)
+    left = _read_factors(job, slice(0, job.plan.work.n_test), Record(store))
+    return to_numpy(job.model.dense(left).values)
 
 
-def _write_scores(
-    store: Store, region: tuple[slice, slice], block: Tensor, watch: _Watch, checksums: dict[str, int]
-) -> int:
-    tile, samples = region
-    check_finite(block, "scores", "test", tile.start)
-    with watch("write"):
-        checksums[f"{SCORES} {tile.start}"] = store.write(SCORES, (tile, samples), to_numpy(block))
-    return block.nbytes
+class Record:
+    """What a task did: what it wrote, where the time went, and how much memory its process took.
 
+    Args:
+        store: where it reads and writes.
+        baseline_bytes: what the process took before.
 
-class _Watch:
-    """Where the time of a task goes, and how much memory its process took."""
+    Attributes:
+        missing: ranges of test samples that had no factors.
+    """
 
-    def __init__(self, baseline_bytes: int) -> None:
+    def __init__(self, store: Store, baseline_bytes: int = 0) -> None:
+        self.missing: list[list[int]] = []
+        self._store = store
+        self._written: list[dict[str, Any]] = []
+        self._bytes_read = 0
         self._seconds: dict[str, float] = {}
-        self._start = time.perf_counter()
+        self._start, self._started = time.perf_counter(), _now()
         self._baseline_bytes = baseline_bytes
         with suppress(OSError):  # Linux: the peak of this task, not of the process since it began
             Path("/proc/self/clear_refs").write_text("5")
 
     @contextmanager
     def __call__(self, what: str) -> Iterator[None]:
+        """Time a part."""
         start = time.perf_counter()
         yield
         self._seconds[what] = self._seconds.get(what, 0.0) + time.perf_counter() - start
 
+    def write(self, path: str, region: tuple[slice, ...], block: np.ndarray) -> None:
+        """See `Store.write`."""
+        with self("write"):
+            self._written.append(self._store.write(path, region, block))
+
+    def read(self, path: str, region: tuple[slice, ...]) -> np.ndarray:
+        """See `Store.read`."""
+        with self(f"read {path.partition('/')[0]}"):
+            block = self._store.read(path, region)
+        self._bytes_read += block.nbytes
+        return block
+
     def report(self) -> dict[str, Any]:
+        """As plain values."""
         return {
+            "written": self._written,
+            "bytes_written": sum(written["bytes"] for written in self._written),
+            "bytes_read": self._bytes_read,
+            "started": self._started,
+            "finished": _now(),
             "seconds": round(time.perf_counter() - self._start, 6),
             "seconds_by_part": {what: round(seconds, 6) for what, seconds in self._seconds.items()},
             "peak_bytes": max(0, _peak_bytes() - self._baseline_bytes),
             "threads": torch.get_num_threads(),
         }
+
+
+def calibrate(job: Job, n_workers: int) -> Costs:
+    """What a job costs here and now: one batch, timed."""
+    plan, model = job.plan, job.model
+    assert plan is not None
+    timed = _Timed()
+    left = model.as_rows(torch.ones(1, model.n_parameters))  # stands for factors that are not computed here
+    gradients: DenseRows | None = None
+    selves = 0.0
+    with torch.no_grad():
+        if job.test is not None:
+            n = min(plan.batch_size, len(job.test))
+            gradients = timed("factor", n, lambda: _first_gradients(job, "test", n))
+            assert gradients is not None
+            if not plan.work.solves:  # iterations cannot be foreseen
+                left = timed("factor", n, partial(model.encode, gradients))
+        if job.train is not None:
+            n = min(plan.batch_size, len(job.train))
+            gradients = timed("gradient", n, lambda: model.right_rows(_first_gradients(job, "train", n), left))
+            if job.wanted.self_influences and not plan.work.solves:
+                dense = _first_gradients(job, "train", n)
+                timed("self", n, lambda: model.inverse.quadratic(dense))
+                selves = timed.seconds["self"]
+        right = gradients if gradients is not None and type(gradients) is type(left) else left
+        many = left.with_arrays({name: a[:1].expand(256, -1).contiguous() for name, a in left.arrays.items()})
+        more = right.with_arrays({name: a[:1].expand(256, -1).contiguous() for name, a in right.arrays.items()})
+        timed("dot", 1, lambda: many.dot(more))
+    products = 2 * 256 * 256 * sum(a.shape[1] for a in many.arrays.values())
+    return Costs(
+        factor_flops=timed.flops.get("factor", 0),
+        factor_seconds=timed.seconds.get("factor", 0.0),
+        gradient_flops=timed.flops.get("gradient", 0),
+        gradient_seconds=timed.seconds.get("gradient", 0.0),
+        self_seconds=selves,
+        flops_per_second=products / timed.seconds["dot"],
+        bytes_per_second=_write_rate(),
+        n_workers=n_workers,
+    )
+
+
+class _Timed:
+    """Seconds and floating-point operations of a sample, by what is done."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.flops: dict[str, int] = {}
+
+    def __call__(self, what: str, n: int, function: Callable[[], Any]) -> Any:
+        with FlopCounterMode(display=False) as counter:  # also warms up
+            function()
+        start = time.perf_counter()
+        result = function()
+        self.seconds[what] = self.seconds.get(what, 0.0) + (time.perf_counter() - start) / n
+        self.flops[what] = self.flops.get(what, 0) + counter.get_total_flops() // n
+        return result
+
+
+def _first_gradients(job: Job, role: str, n: int) -> DenseRows:
+    return job.model.gradient_rows(*job.data[role].rows(slice(0, n)), "test" if role == "test" else "training")
+
+
+def _write_rate() -> float:
+    """Bytes a second that a temporary file takes, down to the disk."""
+    content, start = bytes(16 << 20), time.perf_counter()
+    with tempfile.TemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return len(content) / (time.perf_counter() - start)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
 def _peak_bytes() -> int:
@@ -400,10 +752,6 @@ def _peak_bytes() -> int:
 def resident_bytes() -> int:
     """Memory that this process takes now."""
     return int(psutil.Process().memory_info().rss)
-
-
-def _without_test(plan: Plan) -> Plan:
-    return replace(plan, work=replace(plan.work, n_test=0, directions=0, features=()))
 
 
 def numpy_name(dtype: torch.dtype) -> str:
