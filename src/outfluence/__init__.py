@@ -37,6 +37,7 @@ _HOME = {
     "compute_influence_factors": "functional",
     "compute_influences": "functional",
     "compute_linear_influences": "functional",
+    "open_history": "analysis",
     "open_influences": "analysis",
     "solve_hvp": "functional",
     "top_k": "analysis",
@@ -68,13 +69,14 @@ __all__ = [
     "compute_influence_factors",
     "compute_influences",
     "compute_linear_influences",
+    "open_history",
     "open_influences",
     "solve_hvp",
     "top_k",
 ]
 
 if TYPE_CHECKING:
-    from outfluence.analysis import open_influences, top_k
+    from outfluence.analysis import open_history, open_influences, top_k
     from outfluence.calculators import DaskInfluenceCalculator, SequentialInfluenceCalculator
     from outfluence.data import Data
     from outfluence.functional import (

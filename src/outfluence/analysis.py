@@ -63,13 +63,13 @@ def open_history(path: str | os.PathLike[str]) -> xr.Dataset:
     Returns:
         By ``task``: ``stage`` and ``number`` in it, ``started`` and ``finished`` (UTC), ``seconds``, ``n_samples``,
         ``bytes_written``, ``bytes_read`` (0 if not known), ``peak_bytes``, ``projected_bytes`` (NaN if not known) and
-        ``worker``. Attributes: ``memory_limit`` in bytes, and ``projected``, the peak of each stage by the plan.
+        ``worker``. Attributes: ``memory_limit`` in bytes, and ``projected``, the peak of each stage that was planned.
 
     Raises:
         StoreError: if there is no store.
     """
     store = Store(path)
-    receipts = [(stage, receipt) for stage in store.about["tasks"] for receipt in store.receipts(stage)]
+    receipts = [(stage, receipt) for stage in store.stages for receipt in store.receipts(stage)]
     finished = np.array([_utc(r["finished"]) for _, r in receipts], "M8[ns]")
     seconds = np.array([r["seconds"] for _, r in receipts], float)
     durations = np.round(seconds * 1e9).astype("m8[ns]")
@@ -88,12 +88,16 @@ def open_history(path: str | os.PathLike[str]) -> xr.Dataset:
         "worker": np.array([r["worker"] for _, r in receipts], str),
     }
     order = np.argsort(columns["started"], kind="stable")
-    plan = Plan.from_json(store.about["plan"])
+    planned = Plan.from_json(store.about["plan"]) if store.about["plan"] else None
+    projected = {stage.name: sum(planned.memory(stage.name).values()) for stage in planned.stages} if planned else {}
+    for stage, receipt in receipts:  # passes of a fit are planned one by one
+        if stage not in store.about["tasks"] and receipt.get("projected_bytes"):
+            projected[stage] = max(projected.get(stage, 0), receipt["projected_bytes"])
     return xr.Dataset(
         {name: ("task", column[order]) for name, column in columns.items()},
         attrs={
-            "memory_limit": plan.memory_limit,
-            "projected": {stage.name: sum(plan.memory(stage.name).values()) for stage in plan.stages},
+            "memory_limit": planned.memory_limit if planned else store.about["memory_limit"],
+            "projected": projected,
         },
     )
 

@@ -30,8 +30,9 @@ import torch
 import xarray as xr
 from distributed import Client
 
+from outfluence import fitting, tasks
 from outfluence.analysis import open_influences
-from outfluence.data import Data, DataLike
+from outfluence.data import Data, DataLike, to_numpy
 from outfluence.errors import (
     ClusterError,
     ConvergenceWarning,
@@ -53,6 +54,7 @@ from outfluence.executors import (
     dask_executor,
 )
 from outfluence.fingerprint import fingerprint
+from outfluence.fitting import Summed
 from outfluence.influence import InfluenceModel
 from outfluence.modes import InfluenceMode
 from outfluence.plan import Plan, Stage, make_plan, parse_bytes
@@ -67,11 +69,12 @@ from outfluence.tasks import (
     SELVES,
     TOP,
     Job,
+    Record,
     Wanted,
     calibrate,
     check_task,
-    forget,
     length,
+    major_versions,
     read_all_factors,
     remote_task,
     resident_bytes,
@@ -79,8 +82,10 @@ from outfluence.tasks import (
     version_of,
 )
 
-#: Columns of a chunk of stored rows: bounds the size of its files.
-_COLUMNS = 1 << 16
+#: Columns of a chunk of stored rows, and bytes of a chunk of a stored inverse: bounds the size of files.
+_COLUMNS, _CHUNK_BYTES = 1 << 16, 32 << 20
+#: Where a fitted inverse is in a store.
+INVERSE = "inverse"
 
 #: The arrays of rows: what they are of test and of training samples, and what their second axis counts.
 _ROWS = {
@@ -107,6 +112,59 @@ class InfluenceCalculator(ABC):
                 f"model must be a fitted influence model (EkfacInfluence, say), not a {type(model).__name__}"
             )
         self.model = model
+
+    def fit(
+        self,
+        train: DataLike,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        memory_limit: str | int | None = None,
+        progress: bool | ProgressCallback = False,
+    ) -> InfluenceModel:
+        """Fit the model by sums over chunks of the training data, in tasks that keep to a memory limit.
+
+        Equals ``model.fit(train)`` up to rounding. What the method makes of the sums (eigenvectors, say) is computed in
+        this process. Conjugate gradient, LiSSA and the harmonic mean read the data when they are applied; of them only
+        preconditioners are fitted.
+
+        Args:
+            train: anything `Data.of` takes.
+            path: folder of a store for the fitted model, on a file system that all workers share. If a fit of the same
+                model to the same data is there, it is loaded; if an unfinished one, this goes on with it. None: nothing
+                is kept.
+            memory_limit: bytes a worker may take above its imports; see `influence_factors`.
+            progress: show bars, or call a function with each `Progress`.
+
+        Returns:
+            The model of this calculator, fitted.
+
+        Raises:
+            PlanError: if a pass does not fit into the memory limit.
+            StoreMismatchError: if the store there was made by something else; it says what differs.
+            RunError: if tasks failed. What was computed is stored, if a path was given.
+            Interrupted: on Ctrl-C, or when the process is told to end (SIGTERM). The same call goes on.
+        """
+        data, model = Data.of(train), self.model
+        limit = parse_bytes(memory_limit) if memory_limit is not None else self._default_limit()
+        folder = tempfile.mkdtemp(prefix="outfluence-") if path is None else None
+        try:
+            where = Path(folder) / "fit.zarr" if path is None and folder else _local(path or "")
+            identity = _fit_identity(model, data)
+            store = Store.find(where) or Store.create(where, [], {}, _about_fit(identity, limit))
+            store.require(identity)
+            if not store.is_complete:
+                unfitted = model.unfitted()
+                job = Job(unfitted, train=data, store=store.path, store_id=store.id)
+                callback = as_callback(progress)
+                with _resumable(store), self._executor() as executor, _workplace(job, executor, store, callback) as do:
+                    unfitted.fit(Summed(data, job, do, executor, limit, callback))
+                    _keep_inverse(store, unfitted.inverse.tensors)
+                store.drop_work()
+            # As it is stored, also the first time: the layout in memory makes a difference in the last bits.
+            return model.restore(data, _stored_inverse(store))
+        finally:
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def influence_factors(self, test: DataLike, *, memory_limit: str | int | None = None) -> LazyInfluences:
         """Influence factors of test samples, ``(n_test, P)``, to be computed.
@@ -435,51 +493,66 @@ class LazyInfluences:
         return plan
 
 
+#: Makes of a function of a job, and what is common to its tasks, a function of a task's number and the attempt.
+Do = Callable[..., Callable[[int, int], dict[str, Any]]]
+
+
 def _run(job: Job, executor: Executor, store: Store, callback: ProgressCallback | None) -> None:
     """Do every task that has left no receipt, and those whose work is damaged."""
     assert job.plan is not None
-    do: Callable[..., Any]
-    # The last bits of a matrix product may depend on the number of threads: go on with as many as were begun with.
-    first = next((store.receipt(s.name, task) for s in job.plan.stages for task in store.done(s.name)), None)
-    begun_with = first["threads"] if first else None
-    threads_before = torch.get_num_threads()
-    if isinstance(executor, DaskExecutor):
-        recipe = _ship(replace(job, threads=begun_with or executor.torch_threads()), store)
-        executor.check_path(str(recipe))
-        version = recipe.stat().st_mtime_ns
-
-        def do(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-            return partial(remote_task, str(recipe), version, partial(function, **options))
-    else:
-        here = replace(job, baseline_bytes=resident_bytes())
-        torch.set_num_threads(begun_with or threads_before)
-
-        def do(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-            return lambda task, attempt: function(here, **options, task=task, attempt=attempt)
-
-    try:
+    failures: list[tuple[str, BaseException]] = []
+    with _workplace(job, executor, store, callback) as do:
         _withdraw_damaged(do, job.plan, executor, store)
-        failures: list[tuple[str, BaseException]] = []
         for stage in job.plan.stages:
             if stage.name == "strongest" and len(store.done("scores", or_in_part=True)) < _stage(job, "scores").n_tasks:
                 break  # without the candidates of all strips there is nothing to merge; the failures say why
             failures += _run_stage(stage, job.plan, do, executor, store, callback)
-    finally:
-        forget()
-        if isinstance(executor, DaskExecutor):
-            executor.forget(forget)
-        torch.set_num_threads(threads_before)
-        if isinstance(callback, Bars):
-            callback.close()
     n_missing = sum(total - done for done, total in store.progress().values())
     if failures or n_missing:
         _raise_failures(failures, n_missing, store)
 
 
+@contextmanager
+def _workplace(job: Job, executor: Executor, store: Store, callback: ProgressCallback | None) -> Iterator[Do]:
+    """Everything that tasks need, where they run; and order left behind."""
+    # The last bits of a matrix product may depend on the number of threads: go on with as many as were begun with.
+    receipt, threads_before = store.any_receipt(), torch.get_num_threads()
+    begun_with = receipt["threads"] if receipt else None
+    try:
+        if isinstance(executor, DaskExecutor):
+            recipe = _ship(replace(job, threads=begun_with or executor.torch_threads()), store)
+            executor.check_path(str(recipe))
+            yield partial(_remotely, str(recipe), recipe.stat().st_mtime_ns)
+        else:
+            torch.set_num_threads(begun_with or threads_before)
+            yield partial(_here, replace(job, baseline_bytes=resident_bytes()))
+    finally:
+        forget_all()
+        if isinstance(executor, DaskExecutor):
+            executor.forget(forget_all)
+        torch.set_num_threads(threads_before)
+        if isinstance(callback, Bars):
+            callback.close()
+
+
+def _remotely(recipe: str, version: int, function: Callable[..., Any], **options: Any) -> Callable[[int, int], Any]:
+    return partial(remote_task, recipe, version, partial(function, **options))
+
+
+def _here(job: Job, function: Callable[..., Any], **options: Any) -> Callable[[int, int], Any]:
+    return lambda task, attempt: function(job, **options, task=task, attempt=attempt)
+
+
+def forget_all() -> None:
+    """Let go of what this process keeps between tasks."""
+    tasks.forget()
+    fitting.forget()
+
+
 def _run_stage(
     stage: Stage,
     plan: Plan,
-    do: Callable[..., Any],
+    do: Do,
     executor: Executor,
     store: Store,
     callback: ProgressCallback | None,
@@ -510,7 +583,7 @@ def _run_stage(
     return failures
 
 
-def _withdraw_damaged(do: Callable[..., Any], plan: Plan, executor: Executor, store: Store) -> None:
+def _withdraw_damaged(do: Do, plan: Plan, executor: Executor, store: Store) -> None:
     """Read what is done already, and take back the receipts of what is not there any more as it was written."""
     merged = True  # once merged, candidates are of no use any more
     for stage in reversed(plan.stages):
@@ -582,6 +655,50 @@ def _begun_with(store: Store, model: InfluenceModel) -> InfluenceModel:
     torch.save(model.inverse.tensors, content)
     store.put_file("inverse.pt", content.getvalue())
     return model
+
+
+def _fit_identity(model: InfluenceModel, data: Data) -> dict[str, Any]:
+    return model.identity_on(data) | {"results": "fit", "versions": major_versions()}
+
+
+def _about_fit(identity: dict[str, Any], memory_limit: int) -> dict[str, Any]:
+    tasks = {"inverse": 1}
+    return {
+        "identity": identity,
+        "basis": None,
+        "plan": None,
+        "memory_limit": memory_limit,
+        "tasks": tasks,
+    } | _made_now()
+
+
+def _keep_inverse(store: Store, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Store a fitted inverse: an array for each of its tensors."""
+    record = Record(store)
+    arrays = {f"{INVERSE}/{name}": to_numpy(tensor) for name, tensor in tensors.items()}
+    specs = []
+    for path, array in arrays.items():
+        rows = max(1, min(len(array), _CHUNK_BYTES // max(1, array[:1].nbytes)))
+        dims = tuple(f"axis_{i}" for i in range(array.ndim))
+        specs.append(ArraySpec(path, array.shape, (rows, *array.shape[1:]), array.dtype.name, dims, {}))
+    store.add(specs)
+    for path, array in arrays.items():
+        record.write(path, (slice(0, len(array)),), array)
+    store.leave_receipt(
+        "inverse", 0, {"stage": "inverse", "task": 0, "start": 0, "stop": 1, "names": [*tensors]} | record.report()
+    )
+
+
+def _stored_inverse(store: Store) -> dict[str, torch.Tensor]:
+    receipt = store.receipt("inverse", 0)
+    assert receipt is not None
+    if not store.is_sound(receipt):
+        store.withdraw_receipt("inverse", 0)
+        raise StoreError(
+            f"{store.path}: the fitted inverse is damaged (a checksum differs): call fit again, it starts anew"
+        )
+    arrays = {name: store.read(f"{INVERSE}/{name}", (slice(None),)) for name in receipt["names"]}
+    return {name: torch.from_numpy(array).clone() for name, array in arrays.items()}
 
 
 def _raise_failures(failures: list[tuple[str, BaseException]], n_missing: int, store: Store) -> None:
@@ -673,12 +790,18 @@ def _basis(model: InfluenceModel) -> str | None:
 
 
 def _about(job: Job, identity: dict[str, Any], plan: Plan) -> dict[str, Any]:
-    packages = ("outfluence", "torch", "numpy", "zarr", "xarray", "dask", "distributed")
     return {
         "identity": identity,
         "basis": _basis(job.model),
         "plan": plan.to_json(),
+        "memory_limit": plan.memory_limit,
         "tasks": {stage.name: stage.n_tasks for stage in plan.stages},
+    } | _made_now()
+
+
+def _made_now() -> dict[str, Any]:
+    packages = ("outfluence", "torch", "numpy", "zarr", "xarray", "dask", "distributed")
+    return {
         "versions": {"python": platform.python_version(), **{name: version_of(name) for name in packages}},
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -170,9 +170,10 @@ class ProductSum:
     rows: Tensor
 
     @property
-    def vectors(self) -> int:
-        """How many are multiplied at once."""
-        return min(len(self.rows), VECTORS)
+    def copies(self) -> tuple[int, int]:
+        """Of the activations of a sample, and of its gradient."""
+        outer = self.matrix.mode in (SecondOrderMode.FISHER, SecondOrderMode.EMPIRICAL_FISHER)
+        return (4, 3) if outer else (4 * max(1, min(len(self.rows), VECTORS)), 0)
 
     def __call__(self, batch: Batch, start: int) -> dict[str, Tensor]:
         """See `Statistic`."""

@@ -82,10 +82,34 @@ class InfluenceModel:
             raise ProblemError(
                 f"{type(self).__name__} cannot be fitted to this model and data: {type(error).__name__}: {error}"
             ) from error
+        return self._fitted(data)
+
+    def _fitted(self, data: Data) -> Self:
         self._regularization = per_block(self.solver.regularization, self.problem)
         self._fitted_on = {"fit_data": data.fingerprint, **self.problem.fingerprint()}
         self._versions = self._parameter_versions()
         return self
+
+    def unfitted(self) -> Self:
+        """This model before `fit`; that one stays as it is."""
+        other = copy.copy(self)
+        other._inverse = None
+        return other
+
+    def restore(self, data: DataLike, tensors: Mapping[str, Tensor]) -> Self:
+        """Make this model what it was after ``fit(data)``, from the `tensors` of its inverse; nothing is computed.
+
+        Raises:
+            ProblemError: if the tensors are not those of a fit of this method and problem.
+        """
+        data = Data.of(data)
+        device = self.problem.device
+        try:
+            moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+            self._inverse = self.solver.restore(self.problem, data, moved)
+        except KeyError as error:
+            raise ProblemError(f"these are not the tensors of a fitted {type(self).__name__}: no {error}") from error
+        return self._fitted(data)
 
     @property
     def is_fitted(self) -> bool:
@@ -295,12 +319,16 @@ class InfluenceModel:
     def identity(self) -> dict[str, Any]:
         """What the scores depend on besides test and training data: method, options, weights, data of the fit."""
         _ = self.inverse
-        return {
-            "method": type(self).__name__,
-            "options": self.solver.options(),
-            "regularization": self._regularization,
-            **self._fitted_on,
-        }
+        return self._method() | {"regularization": self._regularization, **self._fitted_on}
+
+    def identity_on(self, data: Data) -> dict[str, Any]:
+        """What `identity` would be after ``fit(data)``."""
+        regularization = per_block(self.solver.regularization, self.problem)
+        fitted_on = {"fit_data": data.fingerprint, **self.problem.fingerprint()}
+        return self._method() | {"regularization": regularization, **fitted_on}
+
+    def _method(self) -> dict[str, Any]:
+        return {"method": type(self).__name__, "options": self.solver.options()}
 
     def check(self, data: Data, whose: str) -> None:
         """Refuse before any work what cannot work.

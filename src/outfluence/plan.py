@@ -22,7 +22,7 @@ from outfluence.errors import PlanError
 MIB = 1 << 20
 
 #: What a process grows by beyond its arrays once it computes: thread buffers, code loaded late, allocator slack.
-_RUNTIME_BYTES = 160 * MIB
+RUNTIME_BYTES = 160 * MIB
 #: Copies of a batch's gradients while they are made, checked and laid out; and while an inverse is applied to them.
 _GRADIENT_COPIES, _INVERSE_COPIES = 3, 4
 #: Vectors that an iteration keeps for each right-hand side: solution, residual, directions, their images, and copies.
@@ -251,7 +251,7 @@ class Plan:
         """Projected peak of a task, in bytes above the import baseline, by part."""
         work = self.work
         per_sample = _GRADIENT_COPIES * work.gradient_bytes + ACTIVATION_COPIES * work.activation_bytes
-        parts = {"runtime": _RUNTIME_BYTES, "model and inverse": work.model_bytes}
+        parts = {"runtime": RUNTIME_BYTES, "model and inverse": work.model_bytes}
         if stage == "factors":
             return parts | {
                 "batch": self.batch_size * per_sample,

@@ -37,6 +37,9 @@ class Preconditioner(Protocol):
     def fit(self, curvature: Curvature) -> Fitted:
         """Look at the matrix of a block."""
 
+    def restore(self, curvature: Curvature, tensors: Mapping[str, Tensor]) -> Fitted:
+        """What `fit` made, from its tensors; the data is not read."""
+
 
 @dataclass(frozen=True)
 class JacobiPreconditioner:
@@ -60,6 +63,10 @@ class JacobiPreconditioner:
         signs = (2 * bits - 1).to(curvature.like)
         # An estimate may be below zero where the entry is not; its size still says how large the entry is.
         return FittedJacobi((signs * curvature.matmat(signs)).mean(1).abs())
+
+    def restore(self, curvature: Curvature, tensors: Mapping[str, Tensor]) -> FittedJacobi:  # noqa: ARG002
+        """See `Preconditioner`."""
+        return FittedJacobi(tensors["diagonal"])
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,10 @@ class NystroemPreconditioner:
         rank = min(self.rank, curvature.size)
         values, vectors = nystroem(curvature.matmat, curvature.size, rank, like=curvature.like, seed=self.seed)
         return FittedNystroem(values[values > 0], vectors[:, values > 0])
+
+    def restore(self, curvature: Curvature, tensors: Mapping[str, Tensor]) -> FittedNystroem:  # noqa: ARG002
+        """See `Preconditioner`."""
+        return FittedNystroem(tensors["values"], tensors["vectors"])
 
 
 @dataclass(frozen=True)
@@ -155,6 +166,31 @@ class EkfacPreconditioner:
 
     def fit(self, curvature: Curvature) -> FittedEkfac:
         """Two passes over the data for EK-FAC, one for K-FAC; none if the model is fitted."""
+        self._layers(curvature)
+        model = self.model
+        # Its own damping is of no account here: without any, the Fisher of a classifier's last layer has no inverse.
+        inverse = (
+            model.inverse
+            if model.is_fitted
+            else replace(model.solver, regularization=1.0).fit(model.problem, curvature.data)
+        )
+        return self._fitted(curvature, inverse, inverse.tensors)
+
+    def restore(self, curvature: Curvature, tensors: Mapping[str, Tensor]) -> FittedEkfac:
+        """See `Preconditioner`."""
+        solver = replace(self.model.solver, regularization=1.0)
+        return self._fitted(curvature, solver.restore(self.model.problem, curvature.data, tensors), tensors)
+
+    def _fitted(self, curvature: Curvature, inverse: Any, tensors: Mapping[str, Tensor]) -> FittedEkfac:
+        problem = curvature.problem
+        moved = inverse.with_tensors({k: t.to(problem.device, problem.dtype) for k, t in tensors.items()})
+        sizes = {name: p.numel() for name, p in problem.parameters.items()}
+        return FittedEkfac(
+            moved, {name: sizes[name] for name in problem.blocks[curvature.block]}, self._layers(curvature)
+        )
+
+    def _layers(self, curvature: Curvature) -> dict[str, tuple[str, ...]]:
+        """The layers that a block consists of, and their parameters."""
         model, problem = self.model, curvature.problem
         if not hasattr(model, "explore_hessian_regularization"):
             raise ProblemError(f"EkfacPreconditioner takes an EkfacInfluence, not a {type(model).__name__}")
@@ -166,15 +202,7 @@ class EkfacPreconditioner:
                 f"EkfacPreconditioner: block {curvature.block!r} must consist of whole layers of the EkfacInfluence; "
                 f"these parameters are not common to both: {', '.join(sorted(covered ^ names))}"
             )
-        # Its own damping is of no account here: without any, the Fisher of a classifier's last layer has no inverse.
-        fitted = (
-            model.inverse
-            if model.is_fitted
-            else replace(model.solver, regularization=1.0).fit(model.problem, curvature.data)
-        )
-        inverse = fitted.with_tensors({k: t.to(problem.device, problem.dtype) for k, t in fitted.tensors.items()})
-        sizes = {name: p.numel() for name, p in problem.parameters.items()}
-        return FittedEkfac(inverse, {name: sizes[name] for name in problem.blocks[curvature.block]}, blocks)
+        return blocks
 
 
 class _Layerwise(Protocol):

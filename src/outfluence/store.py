@@ -281,6 +281,19 @@ class Store:
             return None
         return receipt
 
+    @property
+    def stages(self) -> list[str]:
+        """The stages that some task is done of, or is to be."""
+        names = [file.name for file in (self.path / _RECEIPTS).glob("[!.]*.json")]
+        return list(dict.fromkeys([*self.about["tasks"], *sorted(name.rpartition("-")[0] for name in names)]))
+
+    def any_receipt(self) -> dict[str, Any] | None:
+        """The receipt of some task that is done; None if there is none."""
+        for file in (self.path / _RECEIPTS).glob("[!.]*.json"):
+            receipt: dict[str, Any] = json.loads(file.read_bytes())
+            return receipt
+        return None
+
     def _receipt_file(self, stage: str, task: int, kind: str = ".") -> Path:
         return self.path / _RECEIPTS / f"{stage}-{task:08d}{kind}json"
 
@@ -345,12 +358,32 @@ class Store:
         _write_whole(file, content)
         return file
 
-    def restore_work(self, specs: Sequence[ArraySpec]) -> None:
-        """Make the arrays again that only the run needs, if they are gone: a finished store is to be mended."""
+    def put_json(self, name: str, values: Mapping[str, Any]) -> None:
+        """Write plain values that the run needs."""
+        self.put_file(name, json.dumps(values).encode())
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """Read them; None if they were never written."""
+        file = self.work_file(name)
+        values: dict[str, Any] | None = json.loads(file.read_bytes()) if file.exists() else None
+        return values
+
+    def drop_files(self, folder: str, keep: str) -> None:
+        """Remove the files of a folder that the run has no use for any more, all but one."""
+        for file in self.work_file(folder).iterdir():
+            if file.name != keep:
+                file.unlink(missing_ok=True)
+
+    def add(self, specs: Sequence[ArraySpec]) -> None:
+        """Make arrays that could not be foreseen when the store was made."""
         group = zarr.open_group(str(self.path), mode="r+", use_consolidated=False)
         for spec in specs:
-            if spec.path.startswith(f"{_WORK}/") and not (self.path / spec.path).exists():
+            if not (self.path / spec.path / "zarr.json").exists():
                 _add(group, spec)
+
+    def restore_work(self, specs: Sequence[ArraySpec]) -> None:
+        """Make the arrays again that only the run needs, if they are gone: a finished store is to be mended."""
+        self.add([spec for spec in specs if spec.path.startswith(f"{_WORK}/")])
 
     def drop_work(self) -> None:
         """Forget what only the run needed: the results are complete."""

@@ -135,7 +135,7 @@ class Job:
     @property
     def inputs(self) -> dict[str, Data]:
         """All data that is read: those of `data`, and those of the fit if the inverse reads them."""
-        source = self.model.inverse.data
+        source = self.model.inverse.data if self.model.is_fitted else None
         return self.data | ({} if source is None else {"fit": source})
 
     @property
@@ -163,7 +163,7 @@ class Job:
             "mode": str(self.mode),
             "results": self.wanted.identity(),
             "dtype": numpy_name(self.model.problem.dtype),
-            "versions": {name: version_of(name).split(".")[0] for name in ("outfluence", "torch")},
+            "versions": major_versions(),
         }
 
     def work(self) -> Work:
@@ -294,7 +294,6 @@ def run_task(job: Job, stage: str, missing: Sequence[int], task: int, attempt: i
         "start": samples.start,
         "stop": samples.stop,
         "missing": record.missing,
-        "worker": f"{socket.gethostname()}:{os.getpid()}",
         "warnings": [str(one.message) for one in caught if issubclass(one.category, ConvergenceWarning)],
         "projected_bytes": sum(plan.memory(stage).values()),
         **record.report(),
@@ -663,6 +662,7 @@ class Record:
             "seconds_by_part": {what: round(seconds, 6) for what, seconds in self._seconds.items()},
             "peak_bytes": max(0, _peak_bytes() - self._baseline_bytes),
             "threads": torch.get_num_threads(),
+            "worker": f"{socket.gethostname()}:{os.getpid()}",
         }
 
 
@@ -762,6 +762,11 @@ def numpy_name(dtype: torch.dtype) -> str:
 def version_of(package: str) -> str:
     """The installed version of a package."""
     return importlib.metadata.version(package)
+
+
+def major_versions() -> dict[str, str]:
+    """Of what numbers depend on."""
+    return {name: version_of(name).split(".")[0] for name in ("outfluence", "torch")}
 
 
 def length(samples: slice) -> int:

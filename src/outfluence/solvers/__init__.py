@@ -129,8 +129,20 @@ class Solver(Protocol):
     def fit(self, problem: Problem, data: Data) -> Inverse:
         """Read the data, in as many passes as the method needs."""
 
+    def restore(self, problem: Problem, data: Data, tensors: Mapping[str, Tensor]) -> Inverse:
+        """What `fit` made, from its `Inverse.tensors`; the data is not read."""
+
     def options(self) -> dict[str, Any]:
         """What distinguishes two results of this method, as plain values."""
+
+
+def grouped(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors named ``GROUP/NAME``, by group."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        group, _, name = key.partition("/")
+        groups.setdefault(group, {})[name] = tensor
+    return groups
 
 
 def per_block(regularization: Regularization, problem: Problem) -> dict[str, float]:

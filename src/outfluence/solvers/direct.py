@@ -15,7 +15,7 @@ from outfluence.errors import SingularMatrixError
 from outfluence.modes import SecondOrderMode
 from outfluence.problem import Problem
 from outfluence.rows import DenseRows
-from outfluence.solvers import Inverse, Regularization, per_block
+from outfluence.solvers import Inverse, Regularization, grouped, per_block
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,13 @@ class DirectSolver:
         regularization = per_block(self.regularization, problem)
         matrices = {block: Curvature(problem, data, block, self.second_order_mode).dense() for block in problem.blocks}
         return DirectInverse.of(matrices, regularization)
+
+    def restore(self, problem: Problem, data: Data, tensors: Mapping[str, Tensor]) -> DirectInverse:  # noqa: ARG002
+        """See `Solver`."""
+        parts = grouped(tensors)
+        pivots = parts.get("pivots", {})
+        factors = {name: Factor(factor, pivots.get(name)) for name, factor in parts["factor"].items()}
+        return DirectInverse(parts["matrix"], factors)
 
     def options(self) -> dict[str, Any]:
         """The matrix chosen."""

@@ -34,6 +34,10 @@ class HarmonicSolver:
         """Reads nothing."""
         return HarmonicInverse(problem, data, per_block(self.regularization, problem))
 
+    def restore(self, problem: Problem, data: Data, tensors: Mapping[str, Tensor]) -> HarmonicInverse:  # noqa: ARG002
+        """See `Solver`."""
+        return self.fit(problem, data)
+
     def options(self) -> dict[str, Any]:
         """None."""
         return {}

@@ -19,7 +19,7 @@ from outfluence.modes import SecondOrderMode
 from outfluence.preconditioners import Fitted, Preconditioner, check_preconditioner
 from outfluence.problem import Problem
 from outfluence.rows import DenseRows
-from outfluence.solvers import ReadingInverse, Regularization, per_block
+from outfluence.solvers import ReadingInverse, Regularization, grouped, per_block
 
 #: Most products of conjugate gradient for a right-hand side, if nobody says.
 _MAXITER = 1000
@@ -66,6 +66,15 @@ class CgSolver:
             for block in problem.blocks:
                 fitted[block] = self.preconditioner.fit(Curvature(problem, data, block, self.second_order_mode))
         return CgInverse(problem, data, regularization, self, fitted)
+
+    def restore(self, problem: Problem, data: Data, tensors: Mapping[str, Tensor]) -> CgInverse:
+        """See `Solver`."""
+        fitted = {}
+        if self.preconditioner is not None:
+            for block, parts in grouped(tensors).items():
+                curvature = Curvature(problem, data, block, self.second_order_mode)
+                fitted[block] = self.preconditioner.restore(curvature, parts)
+        return CgInverse(problem, data, per_block(self.regularization, problem), self, fitted)
 
     def options(self) -> dict[str, Any]:
         """What the result depends on; on all but the matrix only within the tolerance."""
@@ -176,6 +185,10 @@ class LissaSolver:
         check_positive("scale", self.scale)
         check_tolerances(rtol=self.rtol, dampen=self.dampen)
         return LissaInverse(problem, data, per_block(self.regularization, problem), self)
+
+    def restore(self, problem: Problem, data: Data, tensors: Mapping[str, Tensor]) -> LissaInverse:  # noqa: ARG002
+        """See `Solver`."""
+        return self.fit(problem, data)
 
     def options(self) -> dict[str, Any]:
         """What the result depends on; on all but the matrix and ``dampen`` only within the tolerance."""

@@ -24,7 +24,7 @@ from outfluence.likelihood import Likelihood, find_likelihood, the_tensor
 from outfluence.modes import FisherMode
 from outfluence.problem import Problem
 from outfluence.rows import DenseRows, check_finite
-from outfluence.solvers import Inverse, Regularization, per_block
+from outfluence.solvers import Inverse, Regularization, grouped, per_block
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,12 @@ class KroneckerSolver:
         _check_invertible(eigenvalues, regularization)
         return KroneckerInverse(layers, vectors, eigenvalues, regularization)
 
+    def restore(self, problem: Problem, data: Data, tensors: Mapping[str, Tensor]) -> KroneckerInverse:  # noqa: ARG002
+        """See `Solver`."""
+        layers, parts = linear_layers(problem), grouped(tensors)
+        vectors = {name: (parts["out"][name], parts["in"][name]) for name in layers}
+        return KroneckerInverse(layers, vectors, parts["eigenvalues"], per_block(self.regularization, problem))
+
     def options(self) -> dict[str, Any]:
         """What the fit depends on."""
         return {"update_diagonal": self.update_diagonal, "fisher": str(self.fisher), "seed": self.seed}
@@ -99,6 +105,11 @@ class MomentSum:
     fisher: FisherMode
     seed: int
     vectors: Mapping[str, tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def copies(self) -> tuple[int, int]:
+        """Of the activations of a sample, and of its gradient."""
+        return 8, 0 if self.vectors is None else 3
 
     def __call__(self, batch: Batch, start: int) -> dict[str, Tensor]:
         """See `Statistic`."""

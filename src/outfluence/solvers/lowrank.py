@@ -25,7 +25,7 @@ from outfluence.linalg import eigenpairs, nystroem
 from outfluence.modes import SecondOrderMode
 from outfluence.problem import Problem
 from outfluence.rows import CoordinateRows, DenseRows
-from outfluence.solvers import Inverse, Regularization, per_block
+from outfluence.solvers import Inverse, Regularization, grouped, per_block
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,10 @@ class ArnoldiSolver:
             )
         return LowRankInverse.of(pairs, regularization, self.use_woodbury, problem.sections)
 
+    def restore(self, problem: Problem, data: Data, tensors: Mapping[str, Tensor]) -> LowRankInverse:  # noqa: ARG002
+        """See `Solver`."""
+        return _restored(tensors, per_block(self.regularization, problem), self.use_woodbury, problem)
+
     def options(self) -> dict[str, Any]:
         """What the fit depends on."""
         return {
@@ -109,6 +113,10 @@ class NystroemSolver:
             rank = min(self.rank, curvature.size)
             pairs[block] = nystroem(curvature.matmat, curvature.size, rank, like=curvature.like, seed=self.seed)
         return LowRankInverse.of(pairs, regularization, True, problem.sections)
+
+    def restore(self, problem: Problem, data: Data, tensors: Mapping[str, Tensor]) -> LowRankInverse:  # noqa: ARG002
+        """See `Solver`."""
+        return _restored(tensors, per_block(self.regularization, problem), True, problem)
 
     def options(self) -> dict[str, Any]:
         """What the fit depends on."""
@@ -237,6 +245,14 @@ class LowRankInverse(Inverse):
                     f"matrix is {float(sizes.min()):.0e}, the largest is {float(sizes.max()):.0e}. Raise the "
                     "regularization, or lower the rank."
                 )
+
+
+def _restored(
+    tensors: Mapping[str, Tensor], regularization: Mapping[str, float], everywhere: bool, problem: Problem
+) -> LowRankInverse:
+    parts = grouped(tensors)
+    pairs = {block: (parts["values"][block], parts["vectors"][block]) for block in problem.blocks}
+    return LowRankInverse.of(pairs, regularization, everywhere, problem.sections)
 
 
 def _check_rank(rank: int) -> None:
