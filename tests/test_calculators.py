@@ -432,6 +432,23 @@ def test_nothing_large_passes_through_the_scheduler_and_nothing_stays(client, ml
     assert max(len(json.dumps(r)) for r in receipts) < 2000
 
 
+def test_the_profiler_of_workers_takes_no_memory_during_a_run(client, mlp32, tmp_path):
+    """Its records grow with time, beyond any plan."""
+    model, test, train = mlp32
+    kept = []
+
+    def look(progress):
+        if progress.stage == "scores" and progress.tasks_done == 20:
+            kept.extend(client.run(lambda dask_worker: len(dask_worker.profile_history)).values())
+
+    client.run(lambda dask_worker: dask_worker.profile_history.append((0.0, {})))
+    calculator = DaskInfluenceCalculator(model, client)
+    calculator.influences(test, train, train_chunk=5).to_zarr(tmp_path / "a.zarr", progress=look)
+    assert kept == [0, 0]
+    runs = client.run(lambda dask_worker: dask_worker.periodic_callbacks["profile"].is_running())
+    assert all(runs.values())  # others may want it
+
+
 def test_workers_with_several_threads_are_refused(mlp32, tmp_path):
     model, test, train = mlp32
     with (

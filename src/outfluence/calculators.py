@@ -52,6 +52,7 @@ from outfluence.executors import (
     cores,
     current_client,
     dask_executor,
+    profile_worker,
 )
 from outfluence.fingerprint import fingerprint
 from outfluence.fitting import Summed
@@ -547,6 +548,7 @@ def forget_all() -> None:
     """Let go of what this process keeps between tasks."""
     tasks.forget()
     fitting.forget()
+    profile_worker(True)
 
 
 def _run_stage(

@@ -35,7 +35,7 @@ from outfluence.analysis import first_of
 from outfluence.curvature import VECTORS
 from outfluence.data import Data, to_numpy, tree_leaves, tree_map
 from outfluence.errors import ClusterError, ConvergenceWarning, StoreError
-from outfluence.executors import KILLED
+from outfluence.executors import KILLED, profile_worker
 from outfluence.fingerprint import fingerprint
 from outfluence.influence import InfluenceModel
 from outfluence.modes import InfluenceMode
@@ -231,6 +231,7 @@ def remote_task(recipe: str, version: int, do: Do, task: int, attempt: int = 0) 
         raise ClusterError(f"worker {worker.address} runs {worker.state.nthreads} threads: start it with --nthreads 1")
     if not _BUSY.acquire(blocking=False):
         raise ClusterError(f"worker {worker.address} shares its process with another: start workers as processes")
+    profile_worker(False)
     try:
         return do(job_from(recipe, version), task=task, attempt=attempt)
     finally:
