@@ -52,7 +52,6 @@ from outfluence.executors import (
     cores,
     current_client,
     dask_executor,
-    profile_worker,
 )
 from outfluence.fingerprint import fingerprint
 from outfluence.fitting import Summed
@@ -548,7 +547,6 @@ def forget_all() -> None:
     """Let go of what this process keeps between tasks."""
     tasks.forget()
     fitting.forget()
-    profile_worker(True)
 
 
 def _run_stage(

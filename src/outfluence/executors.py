@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any, Protocol
 from uuid import uuid4
 
-from distributed import Client, KilledWorker, LocalCluster, get_client, get_worker
+from distributed import Client, KilledWorker, LocalCluster, get_client
 from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError
 
@@ -185,7 +185,7 @@ class DaskExecutor:
     def forget(self, function: Callable[[], None]) -> None:
         """Run something on every worker, to let go of what it keeps for a run."""
         with suppress(Exception):  # workers that are gone keep nothing
-            self.client.run(function, callback_timeout=_ANSWER_SECONDS)
+            self.client.run(_leave, function, callback_timeout=_ANSWER_SECONDS)
 
 
 @dataclass(eq=False)
@@ -432,15 +432,11 @@ def current_client() -> Any:
         return None
 
 
-def profile_worker(on: bool) -> None:
-    """Start or stop the profiler of this worker, if it is one and has one.
+def profile_worker(worker: Any, on: bool) -> None:
+    """Start or stop the profiler of a worker, if it has one.
 
     Its records of call stacks grow by some 100 kB a second, for an hour: more than many a plan leaves over.
     """
-    try:
-        worker = get_worker()
-    except ValueError:  # not in a worker
-        return
     for name in ("profile", "profile-cycle"):
         callback = worker.periodic_callbacks.get(name)
         if callback is not None and callback.is_running() != on:
@@ -448,6 +444,11 @@ def profile_worker(on: bool) -> None:
     if not on:
         worker.profile_history.clear()
         worker.profile_keys_history.clear()
+
+
+def _leave(function: Callable[[], None], dask_worker: Any) -> None:
+    function()
+    profile_worker(dask_worker, True)
 
 
 def _process() -> tuple[str, int]:

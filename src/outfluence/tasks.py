@@ -231,7 +231,7 @@ def remote_task(recipe: str, version: int, do: Do, task: int, attempt: int = 0) 
         raise ClusterError(f"worker {worker.address} runs {worker.state.nthreads} threads: start it with --nthreads 1")
     if not _BUSY.acquire(blocking=False):
         raise ClusterError(f"worker {worker.address} shares its process with another: start workers as processes")
-    profile_worker(False)
+    profile_worker(worker, False)
     try:
         return do(job_from(recipe, version), task=task, attempt=attempt)
     finally:
