@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import numpy as np
 import pytest
@@ -27,7 +28,15 @@ from outfluence import (
     Store,
     open_history,
 )
-from outfluence.errors import Interrupted, PlanError, ProblemError, RunError, StoreError, StoreMismatchError
+from outfluence.errors import (
+    ConvergenceWarning,
+    Interrupted,
+    PlanError,
+    ProblemError,
+    RunError,
+    StoreError,
+    StoreMismatchError,
+)
 
 
 def methods(case):
@@ -223,3 +232,28 @@ def test_a_bad_sample_is_named(on_dask, client, tmp_path):
     )
     with pytest.raises(RunError, match="NonFiniteError: NaN or infinite inputs of layer '0' for training sample 57"):
         calculator.fit(Data.of((x, y)).in_batches(20), tmp_path / "fit.zarr")
+
+
+@pytest.mark.parametrize("name", ["cg", "cg ekfac", "lissa", "harmonic"])
+def test_few_samples_are_solved_for_by_all_workers(name, client, tmp_path):
+    case = make_case("mlp")
+    train = Data.of(case.train).in_batches(5)
+    model = methods(case)[name].fit(train)
+    expected = model.influences(*case.test, *case.train)
+    path = tmp_path / "a.zarr"
+    found = DaskInfluenceCalculator(model, client).influences(case.test, train).to_zarr(path)
+    close(found["scores"], expected)
+    store = Store(path)
+    assert store.done("factors") == {0}
+    sums = [stage for stage in store.stages if stage.startswith("fit-")]
+    assert sums
+    workers = {int(r["worker"].partition(":")[2]) for stage in sums for r in store.receipts(stage)}
+    assert workers <= set(client.run(os.getpid).values())
+    assert not (path / "work").exists()
+
+
+def test_a_solve_that_did_not_converge_says_so_to_the_client(client, tmp_path):
+    case = make_case("mlp")
+    model = CgInfluence(case.model, case.loss, 0.05, maxiter=2, second_order_mode="gauss_newton").fit(case.train)
+    with pytest.warns(ConvergenceWarning, match="conjugate gradient"):
+        DaskInfluenceCalculator(model, client).influences(case.test, case.train).to_zarr(tmp_path / "a.zarr")

@@ -157,7 +157,7 @@ class InfluenceCalculator(ABC):
                 job = Job(unfitted, train=data, store=store.path, store_id=store.id)
                 callback = as_callback(progress)
                 with _resumable(store), self._executor() as executor, _workplace(job, executor, store, callback) as do:
-                    unfitted.fit(Summed(data, job, do, executor, limit, callback))
+                    unfitted.fit(Summed("train", job, do, executor, limit, callback))
                     _keep_inverse(store, unfitted.inverse.tensors)
                 store.drop_work()
             # As it is stored, also the first time: the layout in memory makes a difference in the last bits.
@@ -501,12 +501,19 @@ def _run(job: Job, executor: Executor, store: Store, callback: ProgressCallback 
     """Do every task that has left no receipt, and those whose work is damaged."""
     assert job.plan is not None
     failures: list[tuple[str, BaseException]] = []
+    on_dask = isinstance(executor, DaskExecutor)
     with _workplace(job, executor, store, callback) as do:
         _withdraw_damaged(do, job.plan, executor, store)
         for stage in job.plan.stages:
             if stage.name == "strongest" and len(store.done("scores", or_in_part=True)) < _stage(job, "scores").n_tasks:
                 break  # without the candidates of all strips there is nothing to merge; the failures say why
-            failures += _run_stage(stage, job.plan, do, executor, store, callback)
+            where: tuple[Do, Executor] = (do, executor)
+            if stage.name == "factors" and stage.n_tasks == 1 and job.plan.work.solves and on_dask:
+                # One solve for all test samples: it runs here, and all workers take part in its passes over the data.
+                data = Summed("fit", job, do, executor, job.plan.memory_limit, None)
+                solving = replace(job, model=job.model.reading(data), baseline_bytes=resident_bytes())
+                where = partial(_here, solving), SequentialExecutor()
+            failures += _run_stage(stage, job.plan, *where, store, callback)
     n_missing = sum(total - done for done, total in store.progress().values())
     if failures or n_missing:
         _raise_failures(failures, n_missing, store)

@@ -81,6 +81,8 @@ class Curvature:
 
     def precomputed(self) -> Callable[[Tensor], Tensor]:
         """Like `matmat`, for many calls: what does not depend on the vectors is kept, for all of the data."""
+        if self.data.sums_elsewhere:
+            return self.matmat
         size, matrix = self.batch_size, self._matrix
         products = [matrix.product(batch, i * size) for i, batch in enumerate(self.data.batches(size))]
 

@@ -72,6 +72,9 @@ class Data:
             Give your own (a version, a checksum you keep) where reading everything once more is too slow.
     """
 
+    #: Whether sums over these samples are added up somewhere else, where nothing can be kept between them.
+    sums_elsewhere = False
+
     def __init__(self, source: _Source, *, batch_size: int | None = None, fingerprint: str | None = None) -> None:
         if len(source) == 0:
             raise DataError("the data has no samples")

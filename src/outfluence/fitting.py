@@ -68,25 +68,29 @@ class Summed(Data):
     """A handle on data whose sums are added up by an executor, and kept in a store.
 
     Args:
-        data: the data.
-        job: model, data and store, as tasks get them.
+        role: which of the job's inputs the data is.
+        job: model, data and store.
         do: makes a function of a task's number of a function of a job.
         executor: who computes.
         memory_limit: bytes a worker may take above its imports.
         callback: is told how far a pass is.
     """
 
+    sums_elsewhere = True
+
     def __init__(
         self,
-        data: Data,
+        role: str,
         job: Job,
         do: Callable[..., Any],
         executor: Executor,
         memory_limit: int,
         callback: ProgressCallback | None,
     ) -> None:
+        data = job.inputs[role]
         super().__init__(data._source, batch_size=data.batch_size, fingerprint=data.fingerprint)
         assert job.store is not None
+        self._role = role
         self._job, self._do, self._executor, self._limit, self._callback = job, do, executor, memory_limit, callback
         self._store = Store(job.store)
         self._n_passes = 0
@@ -163,7 +167,7 @@ class Summed(Data):
         callback = self._callback if level == 0 else None  # the tree takes no time
         tracker = Tracker(title, stage.n_tasks, stage.n_samples, len(done), before, callback)
         failures: list[tuple[str, BaseException]] = []
-        do = self._do(sum_task, pass_=pass_, level=level)
+        do = self._do(sum_task, role=self._role, pass_=pass_, level=level)
         for outcome in self._executor.run(do, todo, stage.name):
             samples = stage.samples(outcome.task)
             if outcome.error is not None:
@@ -179,10 +183,16 @@ class Summed(Data):
             ) from failures[0][1]
 
 
-def sum_task(job: Job, pass_: Pass, level: int, task: int, attempt: int = 0) -> dict[str, Any]:  # noqa: ARG001
+def sum_task(
+    job: Job,
+    role: str,
+    pass_: Pass,
+    level: int,
+    task: int,
+    attempt: int = 0,  # noqa: ARG001
+) -> dict[str, Any]:
     """Add up a statistic over the samples of a task, or parts of the level before; leave the receipt."""
     assert job.store is not None
-    assert job.train is not None
     store, stage = Store(job.store), pass_.levels[level]
     if store.id != job.store_id:
         raise StoreError(f"{job.store} has been replaced by another store")
@@ -193,7 +203,7 @@ def sum_task(job: Job, pass_: Pass, level: int, task: int, attempt: int = 0) -> 
     with torch.enable_grad():
         if level == 0:
             statistic = _statistic(job, pass_.name)
-            for start, batch in _batches(job.train, samples, pass_.batch_size, record):
+            for start, batch in _batches(job.inputs[role], samples, pass_.batch_size, record):
                 with record("sum"):
                     add_to(sums, statistic(batch, start))
         else:

@@ -529,9 +529,9 @@ class ArnoldiInfluence(InfluenceModel):
         loss: see `Problem`.
         regularization: lambda >= 0, one for all blocks or one for each; None: 0.
         rank: eigenpairs per block.
-        krylov_dimension: vectors that the iteration keeps; None: ``2 rank + 1``, at least 20. If the block has no more
+        krylov_dimension: vectors that the iteration keeps; None: ``4 rank``, at least 20. If the block has no more
             parameters its matrix is built instead.
-        tol: relative accuracy of the eigenvalues.
+        tol: residual of the eigenvectors, relative to the eigenvalue; down to rounding errors of the model's type.
         max_iter: most restarts; None: 10 P.
         eigen_computation_on_gpu: iterate on the GPU, with CuPy; the model must be there.
         block_structure: blocks of parameters between which curvature is ignored.

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.sparse.linalg
 import torch
 import torch.utils.dlpack
 from torch import Tensor
@@ -191,55 +190,92 @@ def eigenpairs(
 ) -> tuple[Tensor, Tensor]:
     """The eigenvalues of largest magnitude and their eigenvectors: ``(k,)`` and ``(P, k)``, the largest first.
 
-    By the implicitly restarted Lanczos method (ARPACK; on symmetric matrices the same as Arnoldi's): a product a step;
-    where its space would be the whole one, by building the matrix.
+    By a block Lanczos method with thick restarts (Golub & Underwood 1977; Wu & Simon 2000), where `rank` vectors share
+    each product, so that it takes few; where its space would be the whole one, by building the matrix.
 
     Args:
         matmat: products with the matrix.
         size: P.
         rank: how many; as many as there are, if fewer.
         like: gives type and device.
-        krylov_dimension: vectors kept; None: twice the rank and one, at least 20.
-        tol: relative accuracy of the eigenvalues.
+        krylov_dimension: vectors kept, with their images; None: four times the rank, at least 20.
+        tol: of the residuals ``|A v - mu v|``, relative to the eigenvalue.
         maxiter: most restarts; None: 10 P.
-        on_gpu: iterate on the GPU, with CuPy.
+        on_gpu: iterate on the GPU, with CuPy, a vector at a time.
 
     Raises:
         ConvergenceError: if not all were found.
         ProblemError: if ``on_gpu`` is asked for without a GPU or without CuPy.
     """
-    dimension = max(krylov_dimension or max(2 * rank + 1, 20), rank + 1)
+    dimension = max(krylov_dimension or max(4 * rank, 20), rank + 1)
     if on_gpu and like.device.type != "cuda":
         raise ProblemError("eigen_computation_on_gpu=True needs the model on a GPU: call .to('cuda') first")
     if dimension >= size:
         matrix = matmat(torch.eye(size, dtype=like.dtype, device=like.device))
         values, vectors = torch.linalg.eigh((matrix + matrix.T).double() / 2)
         values, vectors = values.to(like.dtype), vectors.to(like.dtype)
+    elif on_gpu:
+        values, vectors = _lanczos_on_gpu(
+            matmat, size, like, {"k": rank, "ncv": dimension, "tol": tol, "maxiter": maxiter}
+        )
     else:
-        options = {"k": rank, "ncv": dimension, "tol": tol, "maxiter": maxiter}
-        values, vectors = (_lanczos_on_gpu if on_gpu else _lanczos)(matmat, size, like, options)
+        values, vectors = _block_lanczos(matmat, size, rank, dimension, like, tol, maxiter or 10 * size)
     order = values.abs().argsort(descending=True, stable=True)[:rank]
     return values[order], vectors[:, order].contiguous()
 
 
-def _lanczos(matmat: Matmat, size: int, like: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    def matvec(vector: np.ndarray) -> np.ndarray:
-        column = torch.tensor(vector.reshape(-1, 1)).to(like)
-        return np.asarray(matmat(column)[:, 0].double().cpu().numpy())
+def _block_lanczos(
+    matmat: Matmat, size: int, rank: int, dimension: int, like: Tensor, tol: float, maxiter: int
+) -> tuple[Tensor, Tensor]:
+    """In double precision but for the products.
 
-    operator = scipy.sparse.linalg.LinearOperator((size, size), matvec=matvec, dtype=np.float64)
-    start = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
-    if not matvec(start).any():  # ARPACK takes no zero matrix
-        basis = torch.linalg.qr(torch.randn(size, options["k"], generator=torch.Generator().manual_seed(0)).double())[0]
-        return like.new_zeros(options["k"]), basis.to(like)
-    try:
-        values, vectors = scipy.sparse.linalg.eigsh(operator, v0=start, rng=0, **options)
-    except scipy.sparse.linalg.ArpackNoConvergence as error:
-        raise ConvergenceError(
-            f"only {len(error.eigenvalues)} of {options['k']} eigenvalues were found: raise max_iter or "
-            "krylov_dimension, or lower tol or rank"
-        ) from error
-    return torch.tensor(values).to(like), torch.tensor(vectors).to(like)
+    Images are kept, so that Ritz values and residuals are those of the products as they are, rounding errors and all.
+    """
+
+    def multiply(vectors: Tensor) -> Tensor:
+        return matmat(vectors.to(like.dtype)).double()
+
+    generator = torch.Generator().manual_seed(0)
+
+    def random(n: int) -> Tensor:
+        return torch.randn(size, n, generator=generator, dtype=torch.float64).to(like.device)
+
+    rounding = 10 * torch.finfo(like.dtype).eps
+    basis = torch.linalg.qr(random(min(rank, dimension - rank)))[0]
+    images, restarts, found = multiply(basis), 0, 0
+    while True:
+        small = basis.T @ images
+        values, rotation = torch.linalg.eigh((small + small.T) / 2)
+        order = values.abs().argsort(descending=True, stable=True)
+        values, rotation = values[order], rotation[:, order]
+        residuals = images @ rotation[:, :rank] - (basis @ rotation[:, :rank]) * values[:rank]
+        goal = (tol * values[:rank].abs()).clamp(min=rounding * float(values[0].abs()))
+        done = torch.linalg.vector_norm(residuals, dim=0) <= goal
+        found = max(found, int(done.sum()))
+        if basis.shape[1] >= rank and bool(done.all()):
+            return values[:rank].to(like.dtype), (basis @ rotation[:, :rank]).to(like.dtype)
+        if basis.shape[1] + 1 > dimension:
+            restarts += 1
+            if restarts > maxiter:
+                raise ConvergenceError(
+                    f"only {found} of {rank} eigenvalues were found: raise max_iter or krylov_dimension, or lower tol "
+                    "or rank"
+                )
+            kept = min(dimension - 1, rank + (dimension - rank) // 3)
+            basis, images = basis @ rotation[:, :kept], images @ rotation[:, :kept]
+        # The directions in which the vectors are not yet eigenvectors; at random where there are none left.
+        new = residuals[:, ~done][:, : dimension - basis.shape[1]]
+        if basis.shape[1] < rank:
+            new = torch.cat([new, random(rank)], 1)[:, : min(rank, dimension - basis.shape[1])]
+        new = new / torch.linalg.vector_norm(new, dim=0).clamp(min=torch.finfo(torch.float64).tiny)
+        for _ in range(2):  # orthogonal to the basis, twice: once leaves rounding errors
+            new = _basis(new - basis @ (basis.T @ new))
+        if new.shape[1] == 0:
+            new = random(1)
+            for _ in range(2):
+                new = new - basis @ (basis.T @ new)
+                new = new / new.norm()
+        basis, images = torch.cat([basis, new], 1), torch.cat([images, multiply(new)], 1)
 
 
 def _lanczos_on_gpu(matmat: Matmat, size: int, like: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:

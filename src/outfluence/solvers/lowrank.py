@@ -37,7 +37,7 @@ class ArnoldiSolver:
         second_order_mode: which matrix.
         rank: eigenpairs per block.
         krylov_dimension: vectors kept while iterating.
-        tol: relative accuracy of the eigenvalues.
+        tol: residual of the eigenvectors, relative to the eigenvalue.
         max_iter: most restarts.
         eigen_computation_on_gpu: iterate with CuPy.
         use_woodbury: act as ``1/lambda`` on what the eigenvectors do not span, instead of dropping it.
@@ -53,7 +53,7 @@ class ArnoldiSolver:
     use_woodbury: bool = False
 
     def fit(self, problem: Problem, data: Data) -> LowRankInverse:
-        """One pass over the data for each step of the iteration."""
+        """One pass over the data for each step of the iteration, which takes up to ``rank`` vectors at once."""
         _check_rank(self.rank)
         regularization = per_block(self.regularization, problem)
         pairs = {}
