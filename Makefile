@@ -4,13 +4,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint format docs bench clean
+.PHONY: demo flights test test-slow lint format docs bench clean
 
 demo: $(READY)
 	$(BIN)/python examples/label_errors.py
 
+flights: $(READY)
+	$(BIN)/python examples/flights.py
+
 test: $(READY)
 	$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -29,6 +35,8 @@ docs: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/calculators.py
 	$(BIN)/python benchmarks/solvers.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/overhead.py
 
 clean:
 	rm -rf .venv runs site
