@@ -47,10 +47,10 @@ def fresh_client(cluster):
         yield client
 
 
-def start(*arguments):
+def start(*arguments, **options):
     # Dask leaves OMP_NUM_THREADS=1 and the like in the environment: start as this process was started.
     environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
-    return subprocess.Popen([sys.executable, str(SCRIPT), *map(str, arguments)], env=environment)
+    return subprocess.Popen([sys.executable, str(SCRIPT), *map(str, arguments)], env=environment, **options)
 
 
 def killed_in_the_middle(arguments, path, stage):
@@ -77,6 +77,29 @@ def test_a_killed_process_is_continued(tmp_path, stage):
     after = stamps(path)
     assert {name: after[name] for name in before} == before
     assert len(after) == 7 + 60
+
+
+@pytest.mark.parametrize("on_dask", [False, True])
+def test_a_process_that_is_told_to_end_says_how_to_go_on(on_dask, cluster, fresh_client, tmp_path):
+    """SIGTERM is what batch systems send when the time is up."""
+    path = tmp_path / "ended.zarr"
+    client = fresh_client if on_dask else None
+    process = start(path, *([cluster.scheduler_address] if on_dask else []), stderr=subprocess.PIPE)
+    try:
+        wait_for(lambda: n_done(path, "scores") >= 3)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode != 0
+    assert b"Interrupted: interrupted; what was computed is stored in" in said
+    assert b"The same call again goes on from there." in said
+    wait_for(lambda: not any(fresh_client.processing().values()))
+    before = stamps(path)
+    again = run(path, client).load()
+    assert again.drop_attrs().identical(run(tmp_path / "whole.zarr", client).load().drop_attrs())
+    assert before.items() <= stamps(path).items()
 
 
 def test_a_killed_client_is_continued(cluster, fresh_client, tmp_path):

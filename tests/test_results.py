@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import warnings
 
 import numpy as np
@@ -26,9 +28,18 @@ from outfluence import (
     SequentialInfluenceCalculator,
     Store,
     open_influences,
+    store,
     top_k,
 )
-from outfluence.errors import DamageWarning, DataError, Interrupted, PlanError, RunError, StoreMismatchError
+from outfluence.errors import (
+    DamageWarning,
+    DataError,
+    Interrupted,
+    PlanError,
+    RunError,
+    StoreError,
+    StoreMismatchError,
+)
 from outfluence.influence import InfluenceModel
 from outfluence.plan import Plan
 from outfluence.tasks import strongest
@@ -299,6 +310,33 @@ def test_an_interrupted_run_says_how_to_go_on(fitted, client, tmp_path, on_dask)
     assert events[-1].n_samples == 143
     again = lazy.to_zarr(tmp_path / "a.zarr").load()
     assert again.drop_attrs().identical(lazy.to_zarr(tmp_path / "b.zarr").load().drop_attrs())
+
+
+@pytest.mark.parametrize("calls", [0, 1, 5, 9, 14, 22, 30])
+def test_a_full_disk_loses_nothing(fitted, tmp_path, monkeypatch, calls):
+    model, test, train = fitted
+    lazy = SequentialInfluenceCalculator(model).influences(test, train, top_k=5, test_chunk=10, train_chunk=50)
+    whole = lazy.to_zarr(tmp_path / "whole.zarr").load()
+    path, original, left = tmp_path / "a.zarr", store._sync, [calls]
+
+    def full(file):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_sync", full)
+        with pytest.raises((RunError, StoreError, OSError), match="No space left on device"):
+            lazy.to_zarr(path)
+    before = stamps(path)
+    again = lazy.to_zarr(path).load()
+    xr.testing.assert_identical(again.drop_attrs(), whole.drop_attrs())
+    assert before.items() <= stamps(path).items()
+
+
+def stamps(path):
+    return {file.name: file.stat().st_mtime_ns for file in (path / "receipts").glob("[!.]*")}
 
 
 def test_batches_are_halved_where_memory_does_not_suffice(fitted, tmp_path, monkeypatch):
