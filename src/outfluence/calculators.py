@@ -159,7 +159,7 @@ class InfluenceCalculator(ABC):
                 with _resumable(store), self._executor() as executor, _workplace(job, executor, store, callback) as do:
                     unfitted.fit(Summed("train", job, do, executor, limit, callback))
                     _keep_inverse(store, unfitted.inverse.tensors)
-                store.drop_work()
+            store.drop_work()
             # As it is stored, also the first time: the layout in memory makes a difference in the last bits.
             return model.restore(data, _stored_inverse(store))
         finally:
@@ -407,8 +407,8 @@ class LazyInfluences:
             progress: show bars, or call a function with each `Progress`.
 
         Returns:
-            The scores as an array; the factors ``(n_test, P)`` or the self-influences if only these were asked for; a
-            dataset if the matrix was not.
+            The scores, the factors ``(n_test, P)`` or the self-influences as an array, if only these were asked for;
+            else a dataset, in memory.
         """
         # Through a store in the temporary folder: one way to compute, one to test.
         folder = tempfile.mkdtemp(prefix="outfluence-")
@@ -418,9 +418,14 @@ class LazyInfluences:
             dataset = self.to_zarr(path, progress=progress)
             if not work.n_train:
                 return read_all_factors(replace(job, plan=self.plan), Store(path))
-            if work.matrix:
-                return np.asarray(dataset[SCORES].values)
-            return dataset.load() if job.has_test else np.asarray(dataset[SELVES].values)
+            if not job.has_test:
+                return np.asarray(dataset[SELVES].values)
+            return (
+                np.asarray(dataset[SCORES].values) if job.wanted.identity() == Wanted().identity() else dataset.load()
+            )
+        except (RunError, Interrupted) as error:
+            error.add_note("compute() keeps nothing where it fails: use to_zarr(path), which goes on from there")
+            raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -451,6 +456,7 @@ class LazyInfluences:
             if data is not None:  # again: the model may have gone on training since
                 job.model.check(data, whose)
         identity = job.identity()
+        Store.recover(path)
         store, replaced = Store.find(path), None
         if store is not None and overwrite:
             replaced, store = _move_aside(store, job, identity), None
@@ -465,7 +471,7 @@ class LazyInfluences:
         store.require(identity)
         plan = self._stored_plan(store)
         if replaced is not None:
-            shutil.rmtree(replaced)
+            shutil.rmtree(replaced, ignore_errors=True)
         if not store.is_complete:
             # Passes over the data of the fit are in batches that the plan has counted.
             job = replace(job, model=_begun_with(store, job.model), plan=plan).in_batches(plan.batch_size)
@@ -594,7 +600,7 @@ def _withdraw_damaged(do: Do, plan: Plan, executor: Executor, store: Store) -> N
     """Read what is done already, and take back the receipts of what is not there any more as it was written."""
     merged = True  # once merged, candidates are of no use any more
     for stage in reversed(plan.stages):
-        done = sorted(store.done(stage.name))
+        done = sorted(store.done(stage.name, or_in_part=True))
         check = do(check_task, stage=stage.name, results_only=merged)
         for outcome in executor.run(check, done, f"check-{stage.name}"):
             if outcome.receipt is None or not outcome.receipt["sound"]:
@@ -660,8 +666,8 @@ def _begun_with(store: Store, model: InfluenceModel) -> InfluenceModel:
         return model.with_inverse(model.inverse.with_tensors(tensors))
     content = io.BytesIO()
     torch.save(model.inverse.tensors, content)
-    store.put_file("inverse.pt", content.getvalue())
-    return model
+    store.put_file("inverse.pt", content.getvalue(), once=True)
+    return _begun_with(store, model)  # another client may have been faster
 
 
 def _fit_identity(model: InfluenceModel, data: Data) -> dict[str, Any]:
@@ -701,6 +707,7 @@ def _stored_inverse(store: Store) -> dict[str, torch.Tensor]:
     assert receipt is not None
     if not store.is_sound(receipt):
         store.withdraw_receipt("inverse", 0)
+        store.withdraw_stages("fit-")  # what they summed is gone
         raise StoreError(
             f"{store.path}: the fitted inverse is damaged (a checksum differs): call fit again, it starts anew"
         )
@@ -739,6 +746,9 @@ def _move_aside(store: Store, job: Job, identity: Mapping[str, Any]) -> Path:
         )
     except Exception:  # it cannot even be read any more
         unchanged = False
+    except BaseException:
+        aside.rename(store.path)
+        raise
     if not unchanged:
         aside.rename(store.path)
         raise StoreMismatchError(
@@ -864,7 +874,7 @@ def _wanted(
         len(next(d for d in pair if d is not None)) for pair in ((job.test, job.factors), (job.train, job.gradients))
     )
     for name, k in (("top_k", top_k), ("bottom_k", bottom_k)):
-        if k is not None and (not isinstance(k, int) or not 1 <= k <= n_train):
+        if k is not None and (isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k <= n_train):
             raise DataError(f"{name} must be between 1 and the {n_train} training samples, not {k!r}")
     per_feature = job.mode is InfluenceMode.Perturbation
     if per_feature and (top_k or bottom_k or keep_gradients):
@@ -874,12 +884,12 @@ def _wanted(
     names = numbers = None
     if groups is not None:
         groups = np.asarray(groups)
-        if groups.shape != (n_test,) or groups.dtype.kind not in "iuSUO":
+        if groups.shape != (n_test,) or groups.dtype.kind not in "biuSUO":
             raise DataError(f"groups must name the group of each of the {n_test} test samples, with integers or texts")
-        names, numbers = np.unique(groups.astype(str) if groups.dtype.kind in "SUO" else groups, return_inverse=True)
-    if not (matrix or top_k or bottom_k or groups is not None):
-        raise DataError("nothing is asked for: matrix=False goes with top_k, bottom_k or groups")
-    return Wanted(matrix, top_k or 0, bottom_k or 0, self_influences, keep_gradients, numbers, names)
+        names, numbers = np.unique(groups.astype(str) if groups.dtype.kind in "bSUO" else groups, return_inverse=True)
+    if not (matrix or top_k or bottom_k or groups is not None or keep_gradients):
+        raise DataError("nothing is asked for: matrix=False goes with top_k, bottom_k, groups or keep_gradients")
+    return Wanted(matrix, int(top_k or 0), int(bottom_k or 0), self_influences, keep_gradients, numbers, names)
 
 
 def _factor_data(factors: Any, model: InfluenceModel) -> Data:

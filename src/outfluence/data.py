@@ -191,13 +191,21 @@ class Data:
         A pass that runs to its end leaves the fingerprint behind, so that it need not read the data again.
         """
         hashes = _Hashes() if self._given_fingerprint is None and self._fingerprint is None else None
-        for start in range(0, len(self), size):
-            batch = self.rows(slice(start, start + size))
+        for _, batch in self.enumerate(size, slice(0, len(self))):
             if hashes is not None:
                 hashes.update(batch)
             yield batch
         if hashes is not None:
             self._fingerprint = hashes.digest()
+
+    def enumerate(self, size: int, samples: slice) -> Iterator[tuple[int, Batch]]:
+        """The batches of a range of samples, with the index of the first; what is decoded together is read once."""
+        reads = size * -(-self.source_rows // size)
+        for start in range(samples.start, samples.stop, reads):
+            stop = min(start + reads, samples.stop)
+            rows = self.rows(slice(start, stop))
+            for first in range(start, stop, size):
+                yield first, rows if reads == size else _part_of(rows, first - start, min(first + size, stop) - start)
 
     def total(self, statistic: Statistic, progress: str | None = None) -> dict[str, Tensor]:
         """The sum of a statistic over all samples, in one pass.
@@ -234,6 +242,11 @@ class Data:
     def source_rows(self) -> int:
         """How many samples are decoded together, however few are read: those of a chunk of a zarr or dask array."""
         return self._source.source_rows if isinstance(self._source, _Arrays) else 1
+
+    @property
+    def read_copies(self) -> int:
+        """How many copies of the samples there are while they are read: of items also those that are collated."""
+        return 2 if isinstance(self._source, _Arrays) else 4
 
     @property
     def portable(self) -> bool:
@@ -475,6 +488,10 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
         return np.asarray(tensor.detach().cpu().numpy())
     except TypeError as error:
         raise DataError(f"{tensor.dtype} cannot be stored: {error}. Convert the data to float32.") from error
+
+
+def _part_of(rows: Batch, start: int, stop: int) -> Batch:
+    return Batch(*(tree_map(lambda tensor: tensor[start:stop].clone(), part) for part in rows))  # aligned, see below
 
 
 def _next_of(things: Iterator[Any], _: Any) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import pickle
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from dask.utils import format_bytes
 from torch import Tensor
 
-from outfluence.data import BATCH_SIZE, Batch, Data, Statistic, add_to, tree_leaves
+from outfluence.data import BATCH_SIZE, Data, Statistic, add_to, tree_leaves
 from outfluence.errors import PlanError, RunError, StoreError
 from outfluence.executors import Executor
 from outfluence.fingerprint import fingerprint
@@ -124,7 +124,7 @@ class Summed(Data):
 
     def _summed(self, pass_: Pass, content: bytes, title: str) -> dict[str, Tensor]:
         last = pass_.levels[-1]
-        if not self._store.done(last.name):
+        if 0 not in self._store.done(last.name):
             self._store.put_file(f"{pass_.name}/statistic.pkl", content)
             for level, stage in enumerate(pass_.levels):
                 self._run(stage, level, pass_, title)
@@ -133,7 +133,14 @@ class Summed(Data):
     def _planned(self, name: str, statistic: Statistic, input_bytes: int) -> Pass:
         stored = self._store.read_json(f"{name}.json")
         if stored is not None:
-            return Pass(**stored)
+            pass_ = Pass(**stored)
+            if pass_.projected_bytes <= self._limit:
+                return pass_
+            if any(self._store.done(stage.name) for stage in pass_.levels):
+                raise PlanError(
+                    f"{self._store.path} was begun with batches that need {-(-pass_.projected_bytes // MIB)} MiB a "
+                    f"worker, more than the memory_limit now. Raise memory_limit to go on, or choose another path."
+                )
         problem, n = self._job.model.problem, len(self)
         sample = self.rows(slice(0, 1))
         sums = statistic(sample, 0)
@@ -143,7 +150,7 @@ class Summed(Data):
         per_sample = activations * problem.activation_bytes(sample) + 4 * sample_bytes
         per_sample += gradients * problem.n_parameters * torch.finfo(problem.dtype).bits // 8
         fixed = RUNTIME_BYTES + sum(t.nbytes for t in problem.model.state_dict().values())
-        fixed += _SUM_COPIES * sum_bytes + _INPUT_COPIES * input_bytes + 2 * self.source_rows * sample_bytes
+        fixed += _SUM_COPIES * sum_bytes + _INPUT_COPIES * input_bytes + 3 * self.source_rows * sample_bytes
         batch = min(self.batch_size or BATCH_SIZE, n)
         while fixed + batch * per_sample > self._limit:
             if batch == 1:
@@ -203,7 +210,7 @@ def sum_task(
     with torch.enable_grad():
         if level == 0:
             statistic = _statistic(job, pass_.name)
-            for start, batch in _batches(job.inputs[role], samples, pass_.batch_size, record):
+            for start, batch in record.each("read", job.inputs[role].enumerate(pass_.batch_size, samples)):
                 with record("sum"):
                     add_to(sums, statistic(batch, start))
         else:
@@ -225,13 +232,6 @@ def sum_task(
     }
     store.leave_receipt(stage.name, task, receipt)
     return receipt
-
-
-def _batches(data: Data, samples: slice, size: int, record: Record) -> Iterator[tuple[int, Batch]]:
-    for start in range(samples.start, samples.stop, size):
-        with record("read"):
-            batch = data.rows(slice(start, min(start + size, samples.stop)))
-        yield start, batch
 
 
 def _part_name(stage: str, task: int) -> str:

@@ -76,7 +76,7 @@ class InfluenceModel:
         try:
             with torch.enable_grad():  # also where the user has switched gradients off
                 self._inverse = self.solver.fit(self.problem, data)
-        except OutfluenceError:
+        except (OutfluenceError, OSError):
             raise
         except Exception as error:
             raise ProblemError(

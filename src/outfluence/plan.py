@@ -31,8 +31,6 @@ _SOLVE_COPIES = 14
 ACTIVATION_COPIES = 4
 #: A block of results: computed, checked, encoded, read back.
 _BLOCK_COPIES = 4
-#: The samples of a strip: read, and made tensors.
-_SAMPLE_COPIES = 2
 #: A tile of factors: read, decoded and aligned.
 _TILE_COPIES = 3
 #: Chunks no larger than this: enough for matrix products to be fast, and for chunk files of some 16 MiB.
@@ -69,6 +67,11 @@ class Work:
         keeps_gradients: whether the rows of the training samples are kept.
         reads_gradients: whether they are read from another store, instead of being computed.
         source_rows: training samples that are decoded together, however few are read.
+        read_copies: of training samples while they are read.
+        test_bytes: bytes of one test sample, or of its given factors, as it is read.
+        test_rows: test samples that are decoded together.
+        test_copies: of test samples while they are read.
+        fit_bytes: bytes of what is decoded together of the data of the fit, if it is read again.
         model_bytes: what a worker holds all the time: model and inverse.
         activation_bytes: what one sample keeps for its backward pass.
         batch_size: samples at once through the model, if the user has an opinion.
@@ -93,6 +96,11 @@ class Work:
     keeps_gradients: bool = False
     reads_gradients: bool = False
     source_rows: int = 1
+    read_copies: int = 2
+    test_bytes: int = 0
+    test_rows: int = 1
+    test_copies: int = 2
+    fit_bytes: int = 0
     model_bytes: int = 0
     activation_bytes: int = 0
     batch_size: int | None = None
@@ -117,7 +125,7 @@ class Work:
         return self.itemsize * math.prod(self.features)
 
     @property
-    def candidate_bytes(self) -> int:
+    def strongest_bytes(self) -> int:
         """Bytes of the strongest scores of one test sample."""
         return (self.top + self.bottom) * (self.itemsize + _INDEX_BYTES)
 
@@ -127,7 +135,7 @@ class Work:
         sizes = {
             "factors": self.n_test * self.row_bytes,
             "scores": self.n_test * self.n_train * self.score_bytes if self.matrix else 0,
-            "strongest scores": self.n_test * self.candidate_bytes,
+            "strongest scores": self.n_test * self.strongest_bytes,
             "means of groups": self.groups * self.n_train * self.score_bytes,
             "self-influences": self.n_train * self.itemsize if self.self_influences else 0,
             "gradients": self.n_train * self.row_bytes if self.keeps_gradients else 0,
@@ -213,7 +221,7 @@ class Plan:
         stages = (
             Stage("factors", work.n_test, self.test_chunk),
             Stage("scores", work.n_train, self.train_chunk * max(1, -(-self.n_chunks // _MAX_STRIPS))),
-            Stage("strongest", work.n_test if work.candidate_bytes else 0, self.candidate_chunk),
+            Stage("strongest", work.n_test if work.strongest_bytes else 0, self.candidate_chunk),
         )
         return tuple(stage for stage in stages if stage.n_samples)
 
@@ -243,9 +251,16 @@ class Plan:
     def candidate_chunk(self) -> int:
         """Test samples whose strongest scores are merged, and kept by a strip, together: whole tiles."""
         work = self.work
-        per_file = _CANDIDATE_FILE_BYTES // max(1, work.candidate_bytes)
+        per_file = _CANDIDATE_FILE_BYTES // max(1, self.kept_bytes)
         shared = max(_MAX_TEST, -(-work.n_test // _MIN_TEST_TASKS))
         return max(1, min(per_file, shared, work.n_test) // self.test_chunk) * self.test_chunk
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the strongest scores that a chunk of training samples keeps for one test sample."""
+        work = self.work
+        kept = min(work.top, self.train_chunk) + min(work.bottom, self.train_chunk)
+        return kept * (work.itemsize + _INDEX_BYTES)
 
     def memory(self, stage: str) -> dict[str, int]:
         """Projected peak of a task, in bytes above the import baseline, by part."""
@@ -256,13 +271,15 @@ class Plan:
             return parts | {
                 "batch": self.batch_size * per_sample,
                 "inverse": self._inverse_bytes(self.test_chunk if work.solves else self.batch_size),
+                "samples of a chunk": (work.test_copies * self.test_chunk + 3 * (work.test_rows - 1)) * work.test_bytes,
                 "factors of a chunk": 2 * self.test_chunk * work.row_bytes,
             }
         if stage == "strongest":
-            return parts | {"candidates": _MERGE_COPIES * self.candidate_chunk * work.candidate_bytes}
+            merged = work.strongest_bytes + self.kept_bytes
+            return parts | {"candidates": _MERGE_COPIES * self.candidate_chunk * merged}
         held = max(0, work.n_test - self.test_chunk) if self.holds_factors else 0
         factors = (_TILE_COPIES * self.test_chunk + held) * work.row_bytes if work.n_test else 0
-        samples = _SAMPLE_COPIES * self.train_chunk * work.sample_bytes
+        samples = work.read_copies * self.train_chunk * work.sample_bytes
         if work.source_rows > 1:  # whole chunks of the source, decoded and cut
             samples += 2 * (self.train_chunk + 2 * work.source_rows) * work.sample_bytes
         block = _BLOCK_COPIES * self.test_chunk * self.train_chunk * work.score_bytes if work.n_test else 0
@@ -270,9 +287,9 @@ class Plan:
             "samples of a chunk": samples,
             "factors": factors,
             "score block": block,
-            "candidates": _CANDIDATE_COPIES * self.candidate_chunk * work.candidate_bytes,
+            "candidates": _CANDIDATE_COPIES * self.candidate_chunk * self.kept_bytes,
             # Sums are in double precision; they become means in the type of the scores, and are written.
-            "means of groups": work.groups * self.train_chunk * (2 * work.score_bytes * 8 // work.itemsize),
+            "means of groups": work.groups * self.train_chunk * work.score_bytes * (8 // work.itemsize + _BLOCK_COPIES),
         }
         selves = self._inverse_bytes(self.batch_size) if work.self_influences else 0
         if work.directions:
@@ -301,17 +318,26 @@ class Plan:
             return _INVERSE_COPIES * n * work.gradient_bytes
         products = self.batch_size * work.vectors * ACTIVATION_COPIES * work.activation_bytes
         pass_ = max(products, self.batch_size * _GRADIENT_COPIES * work.gradient_bytes)
-        return _SOLVE_COPIES * n * work.gradient_bytes + pass_ + work.kept_bytes
+        return _SOLVE_COPIES * n * work.gradient_bytes + pass_ + work.kept_bytes + 3 * work.fit_bytes
 
     @property
     def peak(self) -> int:
-        """The largest projected peak of any task, in bytes."""
-        return max(sum(self.memory(stage.name).values()) for stage in self.stages)
+        """The largest projected peak of any task, in bytes; or of a worker that reads the model and the inverse."""
+        loading = RUNTIME_BYTES + 2 * self.work.model_bytes
+        return max(loading, *(sum(self.memory(stage.name).values()) for stage in self.stages))
 
     @property
     def candidate_bytes(self) -> int:
         """What strips leave for the merge of the strongest scores; it is removed when the run ends."""
-        return self.n_chunks * self.work.n_test * self.work.candidate_bytes
+        return self.n_chunks * self.work.n_test * self.kept_bytes
+
+    @property
+    def n_files(self) -> int:
+        """Files of scores and of candidates in the store."""
+        work, tiles = self.work, len(self.test_tiles)
+        of_a_chunk = tiles * work.matrix + 2 * bool(work.top) * -(-work.n_test // self.candidate_chunk)
+        of_a_chunk += 2 * bool(work.bottom) * -(-work.n_test // self.candidate_chunk)
+        return self.n_chunks * of_a_chunk
 
     @property
     def bytes_written(self) -> int:
@@ -410,7 +436,7 @@ class Plan:
         if work.n_test and work.n_train:
             lines.append(("factor tiles", f"of {self.test_chunk:,} test samples, each read {often}"))
         lines += [(name, format_bytes(size)) for name, size in work.sizes.items()]
-        lines.append(("written", format_bytes(self.bytes_written)))
+        lines.append(("written", f"{format_bytes(self.bytes_written)}, {self.n_files:,} files"))
         lines.append(("read back", format_bytes(self.bytes_read)))
         lines += [(f"FLOPs of {name}", f"{n:.1e}") for name, n in self.flops.items()]
         for name, seconds in self.seconds.items():
@@ -456,8 +482,9 @@ def make_plan(work: Work, memory_limit: int, *, test_chunk: int | None = None, t
         PlanError: if not even single samples fit, or the given chunks do not; it names the smallest limit that works.
     """
     for name, value in (("memory_limit", memory_limit), ("test_chunk", test_chunk), ("train_chunk", train_chunk)):
-        if value is not None and (not isinstance(value, int) or value < 1):
+        if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__") or value < 1):
             raise PlanError(f"{name} must be a whole number, at least 1, not {value!r}")
+    test_chunk, train_chunk = (None if n is None else int(n) for n in (test_chunk, train_chunk))
     given = {"test_chunk": test_chunk, "train_chunk": train_chunk}
     sizes: dict[str, Any] = {
         "test_chunk": test_chunk or _first_size(work.n_test, _MIN_TEST_TASKS, _MAX_TEST),

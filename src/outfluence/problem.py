@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -272,7 +273,10 @@ class Problem:
                     )
 
     def activation_bytes(self, sample: Batch) -> int:
-        """Bytes that one sample keeps for its backward pass, measured on one forward pass."""
+        """Bytes that one sample keeps for its backward pass, measured on one forward pass.
+
+        And what goes into and out of the largest frozen module, of which nothing is kept.
+        """
         own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
         kept: dict[int, int] = {}
 
@@ -281,12 +285,24 @@ class Problem:
                 kept[tensor.data_ptr()] = max(tensor.nbytes, kept.get(tensor.data_ptr(), 0))
             return tensor
 
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        passing = [0]
+
+        def pass_by(_module: nn.Module, inputs: Any, output: Any) -> None:
+            tensors = [t for t in _pytree.tree_leaves((inputs, output)) if isinstance(t, Tensor)]
+            if not any(t.requires_grad for t in tensors):
+                passing.append(sum(t.nbytes for t in tensors))
+
+        leaves = [module for module in self.model.modules() if next(module.children(), None) is None]
+        with ExitStack() as stack:
+            for module in leaves:
+                stack.callback(module.register_forward_hook(pass_by).remove)
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t))
             variables = {name: p.requires_grad_() for name, p in self.parameters.items()}
             # Held until the count is done, so that no address is used twice.
             loss = self.output_loss(self.output(variables, self.on_device(sample.x)), self.on_device(sample.y))
         del loss
-        return sum(kept.values())
+        return sum(kept.values()) + max(passing)
 
     def fingerprint(self) -> dict[str, str]:
         """What identifies this problem in a store: the architecture and its code, the weights, the loss, the blocks."""

@@ -16,6 +16,7 @@ import uuid
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,8 @@ FORMAT_VERSION = 1
 ATTRIBUTE = "outfluence"
 
 _RECEIPTS, _WORK = "receipts", "work"
+#: In the name of a store that is about to be replaced.
+_ASIDE = ".replaced-"
 #: In the name of the receipt of a task that is done in part.
 _PART = ".part."
 
@@ -106,6 +109,16 @@ class Store:
             ) from error
 
     @classmethod
+    def recover(cls, path: str | os.PathLike[str]) -> None:
+        """Put back a store that was moved aside by a process that was killed before it could replace it."""
+        path = Path(path).absolute()
+        for aside in path.parent.glob(f".{path.name}{_ASIDE}*"):
+            if not os.path.lexists(path):
+                aside.rename(path)
+            else:  # replaced: only the removal is left to do
+                shutil.rmtree(aside, ignore_errors=True)
+
+    @classmethod
     def create(
         cls,
         path: str | os.PathLike[str],
@@ -165,7 +178,7 @@ class Store:
 
     def move_aside(self) -> Path:
         """Free the path, at once; the store is still there under the name that is given back."""
-        aside = self.path.with_name(f".{self.path.name}.replaced-{self.id}")
+        aside = self.path.with_name(f".{self.path.name}{_ASIDE}{self.id}")
         self.path.rename(aside)
         return aside
 
@@ -247,8 +260,6 @@ class Store:
         Call it last: after the data is written.
         """
         self.check_still_there()
-        folder = self.path / _RECEIPTS
-        folder.mkdir(exist_ok=True)
         whole, part = self._receipt_file(stage, task), self._receipt_file(stage, task, _PART)
         _write_whole(part if receipt.get("missing") else whole, json.dumps(receipt).encode())
         if not receipt.get("missing"):
@@ -256,8 +267,16 @@ class Store:
 
     def withdraw_receipt(self, stage: str, task: int) -> None:
         """Declare that a task is to be done again."""
-        self._receipt_file(stage, task).unlink(missing_ok=True)
+        for kind in (".", _PART):
+            self._receipt_file(stage, task, kind).unlink(missing_ok=True)
         _sync(self.path / _RECEIPTS)
+
+    def withdraw_stages(self, prefix: str) -> None:
+        """Declare that all tasks of some stages are to be done again."""
+        for stage in self.stages:
+            if stage.startswith(prefix):
+                for task in self.done(stage, or_in_part=True):
+                    self.withdraw_receipt(stage, task)
 
     def done(self, stage: str, or_in_part: bool = False) -> set[int]:
         """The tasks of a stage that are done; one directory listing."""
@@ -270,15 +289,14 @@ class Store:
     def done_in_part(self, stage: str, missing: set[int]) -> set[int]:
         """The tasks of a stage that are done but for what is still missing: nothing can be added to them now."""
         parts = self.done(stage, or_in_part=True) - self.done(stage)
-        receipts = {task: json.loads(self._receipt_file(stage, task, _PART).read_bytes()) for task in parts}
-        return {task for task, receipt in receipts.items() if {start for start, _ in receipt["missing"]} <= missing}
+        receipts = {task: _read_json(self._receipt_file(stage, task, _PART)) for task in parts}
+        return {task for task, r in receipts.items() if r and {start for start, _ in r["missing"]} <= missing}
 
-    def receipt(self, stage: str, task: int) -> dict[str, Any] | None:
+    def receipt(self, stage: str, task: int, or_in_part: bool = False) -> dict[str, Any] | None:
         """The receipt of a task, or None if it is not done."""
-        try:
-            receipt: dict[str, Any] = json.loads(self._receipt_file(stage, task).read_bytes())
-        except FileNotFoundError:
-            return None
+        receipt = _read_json(self._receipt_file(stage, task))
+        if receipt is None and or_in_part:
+            receipt = _read_json(self._receipt_file(stage, task, _PART))
         return receipt
 
     @property
@@ -289,10 +307,8 @@ class Store:
 
     def any_receipt(self) -> dict[str, Any] | None:
         """The receipt of some task that is done; None if there is none."""
-        for file in (self.path / _RECEIPTS).glob("[!.]*.json"):
-            receipt: dict[str, Any] = json.loads(file.read_bytes())
-            return receipt
-        return None
+        files = (self.path / _RECEIPTS).glob("[!.]*.json")
+        return next((receipt for receipt in map(_read_json, files) if receipt is not None), None)
 
     def _receipt_file(self, stage: str, task: int, kind: str = ".") -> Path:
         return self.path / _RECEIPTS / f"{stage}-{task:08d}{kind}json"
@@ -316,7 +332,8 @@ class Store:
     def put_input(self, content: str, name: str, n_rows: int, blocks: Iterator[np.ndarray]) -> zarr.Array[Any]:
         """Write an input that lived in memory, so that workers, also restarted ones, find it.
 
-        It appears whole or not at all, and is never written again: tasks of a killed client may still be reading it.
+        It appears whole or not at all. What is there already is compared with its checksums, and kept: tasks of a
+        killed client may still be reading it.
 
         Args:
             content: the fingerprint of the data that it is a part of.
@@ -326,36 +343,29 @@ class Store:
         """
         folder = self.work_file(content)
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / name).exists() and not _is_sound_input(folder / name):
+            shutil.rmtree(folder / name)
         if not (folder / name).exists():
             first = next(blocks)
             made = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder))
-            array = zarr.create_array(
-                str(made),
-                shape=(n_rows, *first.shape[1:]),
-                chunks=(min(len(first), 1024), *first.shape[1:]),
-                dtype=first.dtype,
-                compressors=None,
-                overwrite=True,
-            )
-            start = 0
-            for block in itertools.chain([first], blocks):
-                array[start : start + len(block)] = block
-                start += len(block)
             try:
+                _write_input(made, n_rows, itertools.chain([first], blocks), first)
                 made.rename(folder / name)
-            except OSError:  # another process was faster
+                _sync(folder)
+            except OSError as error:
                 shutil.rmtree(made, ignore_errors=True)
+                if not (folder / name).exists():  # else another process was faster
+                    raise StoreError(f"cannot write {folder / name}: {error.strerror or error}") from error
         return zarr.open_array(str(folder / name), mode="r")
 
     def work_file(self, name: str) -> Path:
         """Where a file that the run needs is, or would be."""
         return self.path / _WORK / name
 
-    def put_file(self, name: str, content: bytes) -> Path:
-        """Write a file that the run needs."""
+    def put_file(self, name: str, content: bytes, once: bool = False) -> Path:
+        """Write a file that the run needs; with ``once``, only if there is none."""
         file = self.work_file(name)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(file, content)
+        _write_whole(file, content, once)
         return file
 
     def put_json(self, name: str, values: Mapping[str, Any]) -> None:
@@ -364,9 +374,7 @@ class Store:
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Read them; None if they were never written."""
-        file = self.work_file(name)
-        values: dict[str, Any] | None = json.loads(file.read_bytes()) if file.exists() else None
-        return values
+        return _read_json(self.work_file(name))
 
     def drop_files(self, folder: str, keep: str) -> None:
         """Remove the files of a folder that the run has no use for any more, all but one."""
@@ -390,7 +398,8 @@ class Store:
         shutil.rmtree(self.path / _WORK, ignore_errors=True)
 
     def _array(self, path: str, mode: Literal["r", "r+"]) -> zarr.Array[Any]:
-        return zarr.open_array(str(self.path / path), mode=mode)
+        # A chunk that is all fill value (a part that is missing, say) is a chunk like any other.
+        return zarr.open_array(str(self.path / path), mode=mode, config={"write_empty_chunks": True})
 
     def _chunk_files(self, path: str, array: zarr.Array[Any], region: tuple[slice, ...]) -> Iterator[Path]:
         ranges = []
@@ -402,6 +411,36 @@ class Store:
             ranges.append(range(start // chunk, -(-stop // chunk)))
         for index in itertools.product(*ranges):
             yield self.path.joinpath(path, "c", *map(str, index))
+
+
+def _write_input(folder: Path, n_rows: int, blocks: Iterator[np.ndarray], first: np.ndarray) -> None:
+    array = zarr.create_array(
+        str(folder),
+        shape=(n_rows, *first.shape[1:]),
+        chunks=(min(len(first), 1024), *first.shape[1:]),
+        dtype=first.dtype,
+        compressors=[Crc32cCodec()],
+        overwrite=True,
+        config={"write_empty_chunks": True},  # zeros are data, and a chunk that is not there is none
+    )
+    start = 0
+    for block in blocks:
+        array[start : start + len(block)] = block
+        start += len(block)
+    for file in [f for f in folder.rglob("*") if f.is_file()]:
+        _sync(file)
+
+
+def _is_sound_input(folder: Path) -> bool:
+    """Whether all chunks are there, and as they were written."""
+    try:
+        array = zarr.open_array(str(folder), mode="r")
+        rows = array.chunks[0]
+        for start in range(0, array.shape[0], rows):
+            _ = array[start : start + rows]
+    except Exception:  # its own checksum (CRC-32C) is wrong, or it is truncated
+        return False
+    return sum(1 for file in (folder / "c").rglob("*") if file.is_file()) == array.nchunks
 
 
 def _lay_out(
@@ -444,15 +483,45 @@ def _add(group: zarr.Group, spec: ArraySpec) -> None:
     )
 
 
-def _write_whole(file: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    with os.fdopen(handle, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
-    _sync(file.parent)
+def _write_whole(file: Path, content: bytes, once: bool = False) -> None:
+    """Write a file so that it is there whole or not at all, also after a power cut.
+
+    Args:
+        file: where.
+        content: what.
+        once: leave what is there already, also if another process is writing it now.
+
+    Raises:
+        StoreError: if the disk refuses.
+    """
+    temporary = None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if once:
+            with suppress(FileExistsError):
+                os.link(temporary, file)
+            os.unlink(temporary)
+        else:
+            os.replace(temporary, file)
+        _sync(file.parent)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise StoreError(f"cannot write {file}: {error.strerror or error}") from error
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    """Plain values; None if they are not there, or not readable (a file system may lose what was written last)."""
+    try:
+        values: dict[str, Any] = json.loads(file.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return values
 
 
 def _sync(path: Path) -> None:

@@ -206,14 +206,25 @@ class Job:
             keeps_gradients=wanted.gradients,
             reads_gradients=self.gradients is not None,
             source_rows=sample_of.source_rows,
+            read_copies=sample_of.read_copies,
+            test_bytes=0 if n_rows is None else _bytes_of(n_rows),
+            test_rows=1 if n_rows is None else n_rows.source_rows,
+            test_copies=2 if n_rows is None else n_rows.read_copies,
+            fit_bytes=0 if source is None else _bytes_of(source) * source.source_rows,
             model_bytes=sum(p.nbytes for p in problem.model.parameters()) + buffers + inverse,
             activation_bytes=activations,
             batch_size=min(hints) if hints else None,
-            sample_bytes=sum(leaf.nbytes for leaf in tree_leaves(sample.x) + tree_leaves(sample.y)),
+            sample_bytes=_bytes_of(sample_of),
             solves=source is not None,
             vectors=VECTORS if source is not None else 0,
             kept_bytes=kept,
         )
+
+
+def _bytes_of(data: Data) -> int:
+    """Bytes of one sample."""
+    sample = data.rows(slice(0, 1))
+    return sum(leaf.nbytes for leaf in tree_leaves(sample.x) + tree_leaves(sample.y))
 
 
 #: Something done in a worker: with the job, a task's number and which attempt it is; gives a receipt.
@@ -246,7 +257,8 @@ _BUSY = threading.Lock()
 def job_from(recipe: str, version: int) -> Job:  # noqa: ARG001 - a rewritten recipe is another one
     """Read a job, once a process."""
     baseline = resident_bytes()  # before the model: the worker may have done other work before
-    job: Job = replace(pickle.loads(Path(recipe).read_bytes()), baseline_bytes=baseline)
+    with Path(recipe).open("rb") as file:
+        job: Job = replace(pickle.load(file), baseline_bytes=baseline)
     job.model.assume_unchanged()
     if job.threads is not None:
         torch.set_num_threads(job.threads)
@@ -283,9 +295,12 @@ def run_task(job: Job, stage: str, missing: Sequence[int], task: int, attempt: i
         job = job.in_batches(max(1, job.plan.batch_size // 4))
     plan = job.plan
     assert plan is not None
+    if missing:  # a run that went on meanwhile may have them
+        there = store.done("factors")
+        missing = [tile.start for i, tile in enumerate(plan.test_tiles) if i not in there]
     with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
-        record = _within_memory(job, store, stage, samples, missing)
+        record = _within_memory(job, store, (stage, task), samples, missing)
     for one in caught:
         if not issubclass(one.category, ConvergenceWarning):
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
@@ -312,17 +327,17 @@ def check_task(job: Job, stage: str, results_only: bool, task: int, attempt: int
     """Whether what a task has written is still there, unchanged: ``sound``."""
     assert job.store is not None
     store = Store(job.store)
-    receipt = store.receipt(stage, task)
+    receipt = store.receipt(stage, task, or_in_part=True)
     return {"sound": receipt is not None and store.is_sound(receipt, results_only)}
 
 
-def _within_memory(job: Job, store: Store, stage: str, samples: slice, missing: Sequence[int]) -> Record:
+def _within_memory(job: Job, store: Store, task: tuple[str, int], samples: slice, missing: Sequence[int]) -> Record:
     """Do it; if memory does not suffice, in batches of half the size, and so on."""
     bodies = {"factors": _factors, "scores": _strip, "strongest": _strongest}
     while True:
-        record = Record(store, job.baseline_bytes)
+        record = Record(store, job.baseline_bytes, task)
         try:
-            bodies[stage](job, samples, record, missing)
+            bodies[task[0]](job, samples, record, missing)
         except (MemoryError, RuntimeError) as error:
             assert job.plan is not None
             if not _is_out_of_memory(error) or job.plan.batch_size == 1:
@@ -347,15 +362,20 @@ def _factors(job: Job, samples: slice, record: Record, _missing: Sequence[int]) 
         for name, width in plan.work.arrays.items()
     }
     template = job.left_rows()
+    source = job.factors if job.factors is not None else job.test
+    assert source is not None
+    with record("read"):
+        samples_read = source.rows(samples)
     # Passes over the data of the fit are shared by all samples of the chunk.
     for part in [samples] if plan.work.solves else list(_batches(samples, plan.batch_size)):
+        x, y = tree_map(partial(_part, _within(part, samples)), samples_read)
         if job.factors is not None:
             with record("read"):
-                rows = _given_rows(template, job.factors.rows(part).x, model)
+                rows = _given_rows(template, x, model)
             for array in rows.arrays.values():
                 check_finite(array, "influence factors", "test", part.start)
         else:
-            gradients = _gradients(job, part, record)
+            gradients = _gradients(job, x, y, part, record)
             with record("factors"):
                 rows = model.encode(gradients, "test", part.start)
         for name, array in rows.arrays.items():
@@ -364,16 +384,14 @@ def _factors(job: Job, samples: slice, record: Record, _missing: Sequence[int]) 
         record.write(f"{FACTORS}/{name}", (samples,), values)
 
 
-def _gradients(job: Job, samples: slice, record: Record) -> DenseRows:
+def _gradients(job: Job, x: Any, y: Any, samples: slice, record: Record) -> DenseRows:
     """The gradients of a range of test samples, a batch at a time."""
     assert job.plan is not None
-    assert job.test is not None
     parts = []
     for part in _batches(samples, job.plan.batch_size):
-        with record("read"):
-            batch = job.test.rows(part)
         with record("gradients"):
-            parts.append(job.model.gradient_rows(*batch, "test", part.start))
+            inputs, labels = tree_map(partial(_part, _within(part, samples)), (x, y))
+            parts.append(job.model.gradient_rows(inputs, labels, "test", part.start))
     values = parts[0].values if len(parts) == 1 else torch.cat([rows.values for rows in parts])
     return parts[0].with_arrays({"values": values})
 
@@ -543,23 +561,27 @@ class _Candidates:
 
 def strongest(block: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
     """The k strongest scores of each row and their columns, the strongest first; of equal ones the lower column."""
-    values, index = block.topk(k, dim=1, largest=largest, sorted=True)
-    # Which of equal scores topk takes, and in which order, is not said. Take the lowest columns.
+    best = block.new_empty(len(block), k)
+    where = torch.empty(best.shape, dtype=torch.long, device=block.device)
     for rows in torch.arange(len(block)).split(_ROWS):  # type: ignore[no-untyped-call]
-        edge = values[rows, -1:]
-        reaching = (block[rows] >= edge) if largest else (block[rows] <= edge)
-        ambiguous = rows[reaching.sum(1) > k]
-        in_order = block[ambiguous].sort(dim=1, descending=largest, stable=True)
+        part = block[rows]
+        values, index = part.topk(k, dim=1, largest=largest, sorted=True)
+        # Which of equal scores topk takes, and in which order, is not said. Take the lowest columns.
+        reaching = (part >= values[:, -1:]) if largest else (part <= values[:, -1:])
+        ambiguous = reaching.sum(1) > k
+        in_order = part[ambiguous].sort(dim=1, descending=largest, stable=True)
         values[ambiguous], index[ambiguous] = in_order.values[:, :k], in_order.indices[:, :k]
-    by_column = index.argsort(dim=1)
-    by_value = values.gather(1, by_column).sort(dim=1, descending=largest, stable=True)
-    return by_value.values, index.gather(1, by_column).gather(1, by_value.indices)
+        by_column = index.argsort(dim=1)
+        by_value = values.gather(1, by_column).sort(dim=1, descending=largest, stable=True)
+        best[rows], where[rows] = by_value.values, index.gather(1, by_column).gather(1, by_value.indices)
+    return best, where
 
 
 def _strongest(job: Job, samples: slice, record: Record, missing: Sequence[int]) -> None:
     """The strongest scores of a range of test samples, from the candidates of all strips."""
     plan = job.plan
     assert plan is not None
+    _held_factors.cache_clear()
     record.missing += [
         [t.start, t.stop]
         for t in plan.test_tiles
@@ -616,12 +638,14 @@ class Record:
     Args:
         store: where it reads and writes.
         baseline_bytes: what the process took before.
+        task: stage and number of the task.
 
     Attributes:
         missing: ranges of test samples that had no factors.
     """
 
-    def __init__(self, store: Store, baseline_bytes: int = 0) -> None:
+    def __init__(self, store: Store, baseline_bytes: int = 0, task: tuple[str, int] | None = None) -> None:
+        self._task = task
         self.missing: list[list[int]] = []
         self._store = store
         self._written: list[dict[str, Any]] = []
@@ -639,8 +663,23 @@ class Record:
         yield
         self._seconds[what] = self._seconds.get(what, 0.0) + time.perf_counter() - start
 
+    def each(self, what: str, things: Iterator[Any]) -> Iterator[Any]:
+        """Time each step of an iterator."""
+        while True:
+            with self(what):
+                thing = next(things, self)
+            if thing is self:
+                return
+            yield thing
+
     def write(self, path: str, region: tuple[slice, ...], block: np.ndarray) -> None:
-        """See `Store.write`."""
+        """See `Store.write`.
+
+        Raises:
+            StoreError: if this is a part only, and another run has done the whole.
+        """
+        if self.missing and self._task is not None and self._store.receipt(*self._task) is not None:
+            raise StoreError(f"task {self._task[1]} of {self._task[0]!r} has been done by another run")
         with self("write"):
             self._written.append(self._store.write(path, region, block))
 
