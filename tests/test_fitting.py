@@ -185,6 +185,35 @@ def test_a_damaged_fit_is_refused_and_made_anew(tmp_path):
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
 
+def test_a_damaged_fit_is_made_anew_in_other_batches(tmp_path):
+    model, train = mlp(320)
+    path = tmp_path / "fit.zarr"
+    whole = SequentialInfluenceCalculator(ekfac(model)).fit(Data.of(train).in_batches(8), path).inverse.tensors
+    next(file for file in (path / "inverse").rglob("c/0/*")).unlink()
+    with pytest.raises(StoreError, match="damaged"):
+        SequentialInfluenceCalculator(ekfac(model)).fit(train, path)
+    again = SequentialInfluenceCalculator(ekfac(model)).fit(Data.of(train).in_batches(300), path).inverse.tensors
+    for name, tensor in whole.items():
+        if name.startswith("eigenvalues"):
+            close(again[name], tensor, 1e-4)
+
+
+def test_a_smaller_limit_is_refused_where_a_pass_was_begun_with_a_larger(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(400, 500), nn.ReLU(), nn.Linear(500, 4))
+    train = torch.randn(4000, 400), torch.randint(0, 4, (4000,))
+
+    def interrupt(progress):
+        if "pass 2" in progress.stage and progress.tasks_done == 3:
+            raise KeyboardInterrupt
+
+    path = tmp_path / "fit.zarr"
+    with pytest.raises(Interrupted):
+        SequentialInfluenceCalculator(ekfac(model)).fit(train, path, memory_limit="2GiB", progress=interrupt)
+    with pytest.raises(PlanError, match="was begun with batches that need"):
+        SequentialInfluenceCalculator(ekfac(model)).fit(train, path, memory_limit="200MiB")
+
+
 @pytest.mark.parametrize("damaged", ["parts", "total"])
 def test_damaged_parts_of_an_unfinished_fit_are_made_anew(damaged, tmp_path):
     model, train = mlp(1280)

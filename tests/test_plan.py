@@ -122,3 +122,10 @@ def test_sizes(text, size):
 def test_sizes_that_are_none(text):
     with pytest.raises(PlanError, match="is no size; write it like '4GiB'"):
         parse_bytes(text)
+
+
+def test_strips_keep_no_more_candidates_than_they_have_samples():
+    work = Work(n_test=1000, n_train=100_000, arrays={"values": 100}, itemsize=4, n_parameters=100, top=100_000)
+    plan = make_plan(work, 8 << 30)
+    assert plan.candidate_bytes <= 1000 * (100_000 + plan.train_chunk) * 12
+    assert plan.test_chunk >= 64

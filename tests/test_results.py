@@ -21,6 +21,7 @@ from outfluence import (
     ArnoldiInfluence,
     CgInfluence,
     DaskInfluenceCalculator,
+    Data,
     DirectInfluence,
     EkfacInfluence,
     InfluenceMode,
@@ -42,7 +43,7 @@ from outfluence.errors import (
 )
 from outfluence.influence import InfluenceModel
 from outfluence.plan import Plan
-from outfluence.tasks import strongest
+from outfluence.tasks import Record, run_task, strongest
 
 CHUNKS = {"test_chunk": 3, "train_chunk": 10}  # 3 + 3 + 1 test, 10 + 10 + 4 training samples
 
@@ -412,3 +413,126 @@ def test_huge_chunks_of_the_source_are_part_of_the_plan(fitted, tmp_path):
     assert samples[0] < samples[1] < samples[2]
     assert samples[2] >= 2 * 143 * 80
     assert plans[1].train_chunk % 30 == 0  # no chunk of the source is decoded twice
+
+
+def test_where_all_of_a_chunk_or_a_group_is_missing_the_rest_completes(fitted, tmp_path):
+    """A chunk that is all NaN, or all -1, is written like any other."""
+    model, _, train = fitted
+    x, y = torch.randn(2100, 20), torch.randint(0, 4, (2100,))
+    x[5] = float("nan")
+    lazy = SequentialInfluenceCalculator(model).influences(
+        (x, y), train, matrix=False, top_k=3, groups=np.zeros(2100, int), test_chunk=1024
+    )
+    with pytest.raises(RunError, match="test sample 5") as error:
+        lazy.to_zarr(tmp_path / "a.zarr")
+    assert len(error.value.failures) == 1
+    with pytest.warns(UserWarning, match="not finished"):
+        dataset = open_influences(tmp_path / "a.zarr").load()
+    assert (dataset["top_train"][:1024] == -1).all()
+    expected = (
+        SequentialInfluenceCalculator(model)
+        .influences((x[1024:], y[1024:]), train, top_k=3)
+        .to_zarr(tmp_path / "b.zarr")
+    )
+    assert np.array_equal(dataset["top_train"][1024:], expected["top_train"])
+    assert np.isnan(dataset["group_means"]).all()
+
+
+def test_damage_is_found_where_a_task_is_done_in_part(fitted, tmp_path):
+    model, (x, y), train = fitted
+    x = x.clone()
+    x[33] = float("nan")  # in the last tile
+    lazy = SequentialInfluenceCalculator(model).influences((x, y), train, test_chunk=10, train_chunk=50)
+    path = tmp_path / "a.zarr"
+    with pytest.raises(RunError):
+        lazy.to_zarr(path)
+    (path / "scores" / "c" / "0" / "0").unlink()
+    with pytest.warns(DamageWarning, match="scores of samples 0 to 49"), pytest.raises(RunError):
+        lazy.to_zarr(path)
+    with pytest.warns(UserWarning, match="not finished"):
+        assert not np.isnan(open_influences(path)["scores"][:30]).any()
+
+
+def test_a_stale_part_does_not_overwrite_the_whole(fitted, tmp_path):
+    """A task of a killed client may still be running, without the factors that the next run has computed."""
+    model, test, train = fitted
+    lazy = SequentialInfluenceCalculator(model).influences(test, train, groups=np.zeros(37, int), train_chunk=50)
+    path = tmp_path / "a.zarr"
+    whole = lazy.to_zarr(path).load()
+    job = dataclasses.replace(lazy.job, plan=lazy.plan, store=path, store_id=Store(path).id)
+    receipt = Store(path).receipt("scores", 1)
+    Store(path).withdraw_receipt("scores", 1)
+    run_task(job, "scores", (0,), 1)  # it had no factors when it was handed in; they are there now
+    assert open_influences(path).load().identical(whole)
+    stale = Record(Store(path), task=("scores", 1))
+    stale.missing.append([0, 10])
+    with pytest.raises(StoreError, match="has been done by another run"):
+        stale.write("group_means", (slice(0, 1), slice(50, 100)), np.full((1, 50), np.nan, "f4"))
+    assert Store(path).receipt("scores", 1)["written"] == receipt["written"]
+
+
+@pytest.mark.parametrize("content", ["", '{"stage": "sco'])
+def test_an_unreadable_receipt_is_none(fitted, tmp_path, content):
+    """A file system may lose what was written last."""
+    model, test, train = fitted
+    lazy = SequentialInfluenceCalculator(model).influences(test, train, train_chunk=50)
+    path = tmp_path / "a.zarr"
+    whole = lazy.to_zarr(path).load()
+    for file in (path / "receipts").iterdir():
+        file.write_text(content)
+    Store(path).withdraw_receipt("factors", 0)
+    with pytest.warns(DamageWarning):
+        again = lazy.to_zarr(path).load()
+    xr.testing.assert_identical(again.drop_attrs(), whole.drop_attrs())
+
+
+def test_inputs_of_a_run_that_were_lost_are_written_again(fitted, client, tmp_path):
+    model, test, train = fitted
+    lazy = DaskInfluenceCalculator(model, client).influences(test, train, train_chunk=10)
+    path = tmp_path / "a.zarr"
+
+    def interrupt(progress):
+        if progress.tasks_done == 3 and progress.stage == "scores":
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        lazy.to_zarr(path, progress=interrupt)
+    lost = list((path / "work").glob("*/x0/c/0/0"))
+    assert len(lost) == 2
+    for file in lost:
+        file.unlink()
+    again = lazy.to_zarr(path)
+    whole = lazy.to_zarr(tmp_path / "b.zarr")
+    assert again.load().drop_attrs().identical(whole.load().drop_attrs())
+
+
+def test_a_replacement_that_is_interrupted_leaves_the_old_store(fitted, tmp_path, monkeypatch):
+    model, test, train = fitted
+    path = tmp_path / "a.zarr"
+    lazy = SequentialInfluenceCalculator(model).influences(test, train)
+    whole = lazy.to_zarr(path).load()
+
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Data, "content_now", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            lazy.to_zarr(path, overwrite=True)
+    assert open_influences(path).load().identical(whole)
+    Store(path).move_aside()  # killed in the middle
+    assert lazy.to_zarr(path).load().identical(whole)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.zarr"]
+
+
+def test_all_that_was_asked_for_is_given_in_memory(fitted):
+    model, test, train = fitted
+    calculator = SequentialInfluenceCalculator(model)
+    result = calculator.influences(test, train, top_k=np.int64(3), self_influences=True).compute()
+    assert set(result.data_vars) == {"scores", "top_scores", "top_train", "self_influences", "factors"}
+    assert isinstance(calculator.influences(test, train).compute(), np.ndarray)
+    x = train[0].clone()
+    x[3] = float("nan")
+    with pytest.raises(RunError) as error:
+        calculator.influences(test, (x, train[1])).compute()
+    assert any("compute() keeps nothing" in note for note in error.value.__notes__)

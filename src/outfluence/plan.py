@@ -401,10 +401,17 @@ class Plan:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Plan:
-        """A plan written by `to_json`."""
+        """A plan written by `to_json`.
+
+        Raises:
+            PlanError: if another version of this package wrote it.
+        """
         work = values["work"] | {"features": tuple(values["work"]["features"])}
-        costs = Costs(**values["costs"]) if values["costs"] else None
-        return cls(**(values | {"work": Work(**work), "costs": costs}))
+        try:
+            costs = Costs(**values["costs"]) if values["costs"] else None
+            return cls(**(values | {"work": Work(**work), "costs": costs}))
+        except TypeError as error:
+            raise PlanError(f"this plan was made by another version of outfluence ({error}): start again") from error
 
     def _lines(self) -> list[tuple[str, str]]:
         """What there is to say, as pairs of what and how much; a heading has no second part."""
@@ -494,6 +501,7 @@ def make_plan(work: Work, memory_limit: int, *, test_chunk: int | None = None, t
 
     sizes["test_chunk"] = min(sizes["test_chunk"], max(work.n_test, 1))
     sizes["train_chunk"] = min(sizes["train_chunk"], max(work.n_train, 1))
+    sizes["batch_size"] = min(sizes["batch_size"], max(sizes["test_chunk"], sizes["train_chunk"]))
 
     def plan() -> Plan:
         return Plan(work, memory_limit=memory_limit, **sizes)

@@ -398,8 +398,9 @@ class Store:
         shutil.rmtree(self.path / _WORK, ignore_errors=True)
 
     def _array(self, path: str, mode: Literal["r", "r+"]) -> zarr.Array[Any]:
-        # A chunk that is all fill value (a part that is missing, say) is a chunk like any other.
-        return zarr.open_array(str(self.path / path), mode=mode, config={"write_empty_chunks": True})
+        # A chunk that is all fill value (a part that is missing, say) is a chunk like any other. (open_array takes a
+        # config, and ignores it.)
+        return zarr.open_array(str(self.path / path), mode=mode).with_config({"write_empty_chunks": True})
 
     def _chunk_files(self, path: str, array: zarr.Array[Any], region: tuple[slice, ...]) -> Iterator[Path]:
         ranges = []

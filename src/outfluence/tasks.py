@@ -334,6 +334,8 @@ def check_task(job: Job, stage: str, results_only: bool, task: int, attempt: int
 def _within_memory(job: Job, store: Store, task: tuple[str, int], samples: slice, missing: Sequence[int]) -> Record:
     """Do it; if memory does not suffice, in batches of half the size, and so on."""
     bodies = {"factors": _factors, "scores": _strip, "strongest": _strongest}
+    if task[0] == "strongest":
+        _held_factors.cache_clear()
     while True:
         record = Record(store, job.baseline_bytes, task)
         try:
@@ -581,7 +583,6 @@ def _strongest(job: Job, samples: slice, record: Record, missing: Sequence[int])
     """The strongest scores of a range of test samples, from the candidates of all strips."""
     plan = job.plan
     assert plan is not None
-    _held_factors.cache_clear()
     record.missing += [
         [t.start, t.stop]
         for t in plan.test_tiles
