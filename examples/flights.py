@@ -35,7 +35,11 @@ def flights():
     table = table.sample(frac=1, random_state=0).reset_index(drop=True)
     date = pd.to_datetime(table[["year", "month", "day"]])
     minutes = table["hour"] * 60 + table["minute"]
-    angles = {"day of year": date.dt.day_of_year / 365, "time of day": minutes / 1440, "weekday": date.dt.day_of_week / 7}
+    angles = {
+        "day of year": date.dt.day_of_year / 365,
+        "time of day": minutes / 1440,
+        "weekday": date.dt.day_of_week / 7,
+    }
     waves = {f"{name} {f.__name__}": f(2 * np.pi * part) for name, part in angles.items() for f in (np.sin, np.cos)}
     known = pd.DataFrame(waves | {"distance": table["distance"] / 1000})
     known = known.join(pd.get_dummies(table[["carrier", "origin", "dest"]], dtype=float))

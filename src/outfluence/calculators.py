@@ -529,15 +529,19 @@ def _run(job: Job, executor: Executor, store: Store, callback: ProgressCallback 
 def _workplace(job: Job, executor: Executor, store: Store, callback: ProgressCallback | None) -> Iterator[Do]:
     """Everything that tasks need, where they run; and order left behind."""
     # The last bits of a matrix product may depend on the number of threads: go on with as many as were begun with.
-    receipt, threads_before = store.any_receipt(), torch.get_num_threads()
-    begun_with = receipt["threads"] if receipt else None
+    begun_with, threads_before = store.read_json("threads.json") or store.any_receipt(), torch.get_num_threads()
+    if begun_with is not None:
+        threads = begun_with["threads"]
+    else:
+        threads = executor.torch_threads() if isinstance(executor, DaskExecutor) else threads_before
+    store.put_json("threads.json", {"threads": threads})
     try:
         if isinstance(executor, DaskExecutor):
-            recipe = _ship(replace(job, threads=begun_with or executor.torch_threads()), store)
+            recipe = _ship(replace(job, threads=threads), store)
             executor.check_path(str(recipe))
             yield partial(_remotely, str(recipe), recipe.stat().st_mtime_ns)
         else:
-            torch.set_num_threads(begun_with or threads_before)
+            torch.set_num_threads(threads)
             yield partial(_here, replace(job, baseline_bytes=resident_bytes()))
     finally:
         forget_all()

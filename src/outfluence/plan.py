@@ -277,8 +277,8 @@ class Plan:
         if stage == "strongest":
             merged = work.strongest_bytes + self.kept_bytes
             # What was held for the strips is let go, but the process need not have given it back.
-            factors = {"factors": work.n_test * work.row_bytes if self.holds_factors else 0}
-            return parts | factors | {"candidates": _MERGE_COPIES * self.candidate_chunk * merged}
+            before = work.n_test * work.row_bytes if self.holds_factors else 0
+            return parts | {"factors": before, "candidates": _MERGE_COPIES * self.candidate_chunk * merged}
         held = max(0, work.n_test - self.test_chunk) if self.holds_factors else 0
         factors = (_TILE_COPIES * self.test_chunk + held) * work.row_bytes if work.n_test else 0
         samples = work.read_copies * self.train_chunk * work.sample_bytes
