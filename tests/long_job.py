@@ -25,15 +25,15 @@ class Slow(nn.Module):
         return self.body(x)
 
 
-def job(seconds=0.02):
+def job(seconds=0.005):
     torch.manual_seed(0)
     model = Slow(seconds)
-    train = torch.randn(600, 50), torch.randint(0, 5, (600,))
+    train = torch.randn(300, 50), torch.randint(0, 5, (300,))
     test = torch.randn(70, 50), torch.randint(0, 5, (70,))
     return EkfacInfluence(model, True, 1e-2), test, Data.of(train).in_batches(10)
 
 
-def run(path, client=None, seconds=0.02):
+def run(path, client=None, seconds=0.005):
     """Fit into STORE.fit, then influences into STORE."""
     model, test, train = job(seconds)
     threads = torch.get_num_threads()
@@ -52,6 +52,6 @@ def run(path, client=None, seconds=0.02):
 if __name__ == "__main__":
     if len(sys.argv) > 2:
         with Client(sys.argv[2], set_as_default=False, timeout=60) as the_client:
-            run(sys.argv[1], the_client, float(sys.argv[3]) if len(sys.argv) > 3 else 0.02)
+            run(sys.argv[1], the_client, *map(float, sys.argv[3:]))
     else:
         run(sys.argv[1])
