@@ -41,7 +41,7 @@ MIB = 1 << 20
 
 #: By name: features, width of the network, training and test samples, limit in MiB, method, mode, options.
 CASES = {
-    "data 4x the limit": (2048, 16, 180_000, 20, 320, "ekfac", "up", {"self_influences": True}),
+    "data 4x the limit": (8192, 4, 41_000, 20, 320, "arnoldi", "up", {"self_influences": True}),
     "result 8x the limit": (64, 32, 160_000, 4_200, 320, "arnoldi", "up", {}),
     "dense rows, large": (256, 512, 6_000, 600, 640, "ekfac", "up", {"top_k": 20, "self_influences": True}),
     "dense rows, no matrix": (
