@@ -6,6 +6,7 @@ With `calculators` the only module that knows both halves.
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import importlib.metadata
 import os
@@ -654,6 +655,7 @@ class Record:
         self._seconds: dict[str, float] = {}
         self._start, self._started = time.perf_counter(), _now()
         self._baseline_bytes = baseline_bytes
+        _give_back()
         with suppress(OSError):  # Linux: the peak of this task, not of the process since it began
             Path("/proc/self/clear_refs").write_text("5")
 
@@ -779,6 +781,12 @@ def _write_rate() -> float:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+
+
+def _give_back() -> None:
+    """Return freed memory to the system, where the C library keeps it (glibc): it would count for the next task."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _peak_bytes() -> int:
