@@ -784,9 +784,19 @@ def _now() -> str:
 
 
 def _give_back() -> None:
-    """Return freed memory to the system, where the C library keeps it (glibc): it would count for the next task."""
+    """Return freed memory to the system, now and from now on, where the C library keeps it (glibc).
+
+    It would count for the next task. Dask's nannies set the like for their workers.
+    """
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_TRIM_THRESHOLD, 1 << 16)
+        libc.mallopt(_MMAP_THRESHOLD, 1 << 17)
+        libc.malloc_trim(0)
+
+
+#: Parameters of glibc's mallopt. Setting them ends their growth with the sizes that are freed.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 
 def _peak_bytes() -> int:
