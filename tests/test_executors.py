@@ -133,13 +133,19 @@ def test_more_tasks_than_a_wave(client, monkeypatch):
 
 def test_the_next_wave_does_not_wait_for_the_last_of_a_wave(client, monkeypatch, tmp_path):
     monkeypatch.setattr(executors, "_WAVE", 4)
-    order = [o.task for o in DaskExecutor(client).run(partial(slow_at_zero, 2.0), range(12), "t")]
+    others_are_done, order = tmp_path / "done", []
+    for outcome in DaskExecutor(client).run(partial(waits_at_zero, others_are_done), range(12), "t"):
+        order.append(outcome.task)
+        if len(order) == 11:
+            others_are_done.touch()
     assert order[-1] == 0
     assert sorted(order) == list(range(12))
 
 
-def slow_at_zero(seconds, task, attempt):
-    time.sleep(seconds if task == 0 else 0)
+def waits_at_zero(file, task, attempt):
+    end = time.monotonic() + 60
+    while task == 0 and not file.exists() and time.monotonic() < end:
+        time.sleep(0.02)
     return plain(task, attempt)
 
 

@@ -5,35 +5,42 @@ Calculators, stores and plans see only this: `len`, named arrays to store, and d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from outfluence.errors import NonFiniteError
 
+#: Bytes that are formed at a time while factored rows are multiplied.
+WORKSPACE = 64 << 20
+#: Samples of the left and of the right rows that are multiplied at a time, where what is formed fits.
+_LEFT, _RIGHT = 1024, 4096
+#: What an entry of a small matrix of positions costs beside the products that it is the sum of.
+_ENTRY = 32
+
 
 class Rows(Protocol):
-    """Encoded samples. Left and right rows that are multiplied are of the same kind."""
+    """Encoded samples."""
 
     def __len__(self) -> int: ...
 
     @property
     def arrays(self) -> dict[str, Tensor]:
-        """What to store: named arrays, first axis samples, trailing shapes the same for all samples."""
+        """What to store: named arrays, first axis samples, second axis the same for all samples."""
 
     def with_arrays(self, arrays: Mapping[str, Tensor]) -> Self:
         """Rows like these, with other samples' arrays."""
 
-    def dot_by_block(self, right: Self) -> dict[str, Tensor]:
+    def dot_by_block(self, right: Any) -> dict[str, Tensor]:
         """Dot products per block, in order: ``(n_left, n_right)`` each."""
 
-    def dot(self, right: Self) -> Tensor:
+    def dot(self, right: Any) -> Tensor:
         """Dot products with other rows: ``(n_left, n_right)``, the sum of `dot_by_block`."""
 
-    def dot_each(self, right: Self) -> Tensor:
+    def dot_each(self, right: Any) -> Tensor:
         """Dot products of each row with the row at the same place: ``(n,)``."""
 
 
@@ -61,17 +68,19 @@ class DenseRows:
         """See `Rows`."""
         return replace(self, values=arrays["values"])
 
-    def dot(self, right: DenseRows) -> Tensor:
+    def dot(self, right: GradientRows) -> Tensor:
         """See `Rows`."""
+        if isinstance(right, FactoredRows):
+            return right.multiplied(self.by_block())
         return self.values @ right.values.T
 
-    def dot_each(self, right: DenseRows) -> Tensor:
+    def dot_each(self, right: GradientRows) -> Tensor:
         """See `Rows`."""
-        return (self.values * right.values).sum(1)
+        return (self.values * right.dense().values).sum(1)
 
-    def dot_by_block(self, right: DenseRows) -> dict[str, Tensor]:
+    def dot_by_block(self, right: GradientRows) -> dict[str, Tensor]:
         """See `Rows`."""
-        return {name: self.values[:, s] @ right.values[:, s].T for name, s in self.sections.items()}
+        return right.multiplied_by_block(self.by_block())
 
     def by_block(self) -> dict[str, Tensor]:
         """The columns of each block: ``(n, P_block)``."""
@@ -82,6 +91,269 @@ class DenseRows:
         values = torch.zeros_like(self.values)
         values[:, self.sections[name]] = self.values[:, self.sections[name]]
         return replace(self, values=values)
+
+    def dense(self) -> DenseRows:
+        """These."""
+        return self
+
+    def multiplied_by_block(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Vectors ``(k, P_block)`` of each block, multiplied with the rows: ``(k, n)``."""
+        return {name: vectors[name] @ part.T for name, part in self.by_block().items()}
+
+    def scaled(self, factors: Mapping[str, float]) -> Self:
+        """The columns of each block times a number."""
+        parts = [part * factors[name] for name, part in self.by_block().items()]
+        return replace(self, values=torch.cat(parts, dim=1))
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A layer's part of a row, seen as a matrix ``(d_out, d_in)``, or as one for each group of a convolution.
+
+    Attributes:
+        block: of which block the parameters are.
+        groups: number of matrices.
+        d_out: rows of each.
+        d_in: columns of each; the last is the bias, if there is one.
+        weight: the columns of the weight among those of the block; None if it has no part.
+        bias: those of the bias; None if it has no part.
+        transposed: whether the weight is kept as ``(d_in, d_out)``.
+    """
+
+    block: str
+    groups: int
+    d_out: int
+    d_in: int
+    weight: slice | None
+    bias: slice | None = None
+    transposed: bool = False
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return self.groups * self.d_out * self.d_in
+
+    def take(self, rows: Tensor, outputs: slice = slice(None)) -> Tensor:
+        """Rows of the matrices, from rows ``(n, P_block)``: ``(n, groups, k, d_in)``."""
+        parts = []
+        if self.weight is not None:
+            weight = rows[:, self.weight]
+            if self.transposed:
+                weight = weight.reshape(len(rows), 1, self._d_weight, self.d_out).mT
+            else:
+                weight = weight.reshape(len(rows), self.groups, self.d_out, self._d_weight)
+            parts.append(weight[:, :, outputs])
+        if self.bias is not None:
+            parts.append(rows[:, self.bias].reshape(len(rows), self.groups, self.d_out, 1)[:, :, outputs])
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
+
+    def put(self, rows: Tensor, matrices: Tensor) -> None:
+        """The inverse of `take`: write matrices ``(n, groups, d_out, d_in)`` into rows ``(n, P_block)``."""
+        if self.weight is not None:
+            weight = matrices[..., : self._d_weight]
+            rows[:, self.weight] = (weight.mT if self.transposed else weight).reshape(len(rows), -1)
+        if self.bias is not None:
+            rows[:, self.bias] = matrices[..., -1].reshape(len(rows), -1)
+
+    @property
+    def _d_weight(self) -> int:
+        return self.d_in - (self.bias is not None)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The matrices of samples, ``sum_t d_t a_t^T`` over T positions, or formed.
+
+    Attributes:
+        gradients: d, ``(n, T, groups, d_out)``; if formed ``(n, groups, d_out, d_in)``.
+        inputs: a, ``(n, T, groups, d_in)``; or ``(n, T)`` integers, the places of the ones in vectors that are zero
+            elsewhere (embeddings); None if formed.
+    """
+
+    gradients: Tensor
+    inputs: Tensor | None
+
+    def __len__(self) -> int:
+        return self.gradients.shape[0]
+
+    def __getitem__(self, samples: slice) -> Factor:
+        return Factor(self.gradients[samples], None if self.inputs is None else self.inputs[samples])
+
+    @property
+    def is_formed(self) -> bool:
+        """Whether the matrices are there."""
+        return self.inputs is None
+
+    @property
+    def is_one_hot(self) -> bool:
+        """Whether a is given by places."""
+        return self.inputs is not None and not self.inputs.is_floating_point()
+
+    @property
+    def positions(self) -> int:
+        """T."""
+        return 1 if self.is_formed else self.gradients.shape[1]
+
+    def formed(self, d_in: int, outputs: slice = slice(None)) -> Tensor:
+        """Rows of the matrices: ``(n, groups, k, d_in)``."""
+        d, a = self.gradients, self.inputs
+        if a is None:
+            return d[:, :, outputs]
+        if self.is_one_hot:
+            d = d[:, :, 0, outputs]
+            matrices = d.new_zeros(len(d), d_in, d.shape[2])
+            return matrices.scatter_add_(1, a[:, :, None].expand(d.shape), d).mT[:, None]
+        d = d[..., outputs]
+        if d.shape[1] == 1:
+            return d[:, 0, :, :, None] * a[:, 0, :, None, :]
+        return d.permute(0, 2, 3, 1) @ a.transpose(1, 2)
+
+    def compact(self, matrix: Matrix) -> Factor:
+        """The same, in fewer numbers if forming the matrices takes fewer."""
+        if self.inputs is None or self.is_one_hot:
+            return self
+        factored = self.positions * matrix.groups * (matrix.d_out + matrix.d_in)
+        return self if factored < matrix.size else Factor(self.formed(matrix.d_in), None)
+
+
+@dataclass(frozen=True)
+class FactoredRows:
+    """Per layer the inputs and the output gradients; no vector of all parameters exists.
+
+    Attributes:
+        factors: of the samples, by matrix.
+        matrices: what they are factors of.
+        sections: for each block, in order, its columns in a dense row.
+        weights: numbers ``(groups, d_out, d_in)`` that the entries of a matrix are multiplied with; none: ones. Of two
+            rows that are multiplied only one has any.
+    """
+
+    factors: Mapping[str, Factor]
+    matrices: Mapping[str, Matrix]
+    sections: Mapping[str, slice]
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.factors.values())))
+
+    @property
+    def arrays(self) -> dict[str, Tensor]:
+        """See `Rows`; ``NAME.inputs`` and ``NAME.gradients``, position after position, or ``NAME`` if it is formed."""
+        arrays = {}
+        for name, factor in self.factors.items():
+            if factor.inputs is None:
+                arrays[name] = factor.gradients.flatten(1)
+            else:
+                arrays[f"{name}.inputs"] = factor.inputs.flatten(1)
+                arrays[f"{name}.gradients"] = factor.gradients.flatten(1)
+        return arrays
+
+    def with_arrays(self, arrays: Mapping[str, Tensor]) -> Self:
+        """See `Rows`."""
+        factors = {}
+        for name, factor in self.factors.items():
+            m = self.matrices[name]
+            if factor.inputs is None:
+                factors[name] = Factor(arrays[name].reshape(-1, m.groups, m.d_out, m.d_in), None)
+                continue
+            d, a = arrays[f"{name}.gradients"], arrays[f"{name}.inputs"]
+            n, t = len(d), d.shape[1] // (m.groups * m.d_out)
+            inputs = a if factor.is_one_hot else a.reshape(n, t, m.groups, m.d_in)
+            factors[name] = Factor(d.reshape(n, t, m.groups, m.d_out), inputs)
+        return replace(self, factors=factors)
+
+    def dot(self, right: FactoredRows) -> Tensor:
+        """See `Rows`."""
+        out = self._zeros(len(self), len(right))
+        for name in self.factors:
+            self._add_dot(name, right, out)
+        return out
+
+    def dot_by_block(self, right: FactoredRows) -> dict[str, Tensor]:
+        """See `Rows`."""
+        blocks = {block: self._zeros(len(self), len(right)) for block in self.sections}
+        for name, matrix in self.matrices.items():
+            self._add_dot(name, right, blocks[matrix.block])
+        return blocks
+
+    def dot_each(self, right: FactoredRows) -> Tensor:
+        """See `Rows`."""
+        out = self._zeros(len(self))
+        for name, matrix in self.matrices.items():
+            left, other, weight = self.factors[name], right.factors[name], self._weight(name, right)
+            step = max(1, WORKSPACE // (4 * out.element_size() * matrix.size))
+            if left.positions == other.positions == 1 and not (left.is_formed or other.is_formed or left.is_one_hot):
+                step = len(out)
+            for part in _parts(len(out), max(1, step)):
+                out[part] += _dot_each(left[part], other[part], matrix, weight)
+        return out
+
+    def dense(self) -> DenseRows:
+        """As vectors of all parameters, ``(n, P)``."""
+        n_columns = max((s.stop for s in self.sections.values()), default=0)
+        values = self._zeros(len(self), n_columns)
+        for name, matrix in self.matrices.items():
+            formed = self.factors[name].formed(matrix.d_in)
+            if name in self.weights:
+                formed = formed * self.weights[name]
+            matrix.put(values[:, self.sections[matrix.block]], formed)
+        return DenseRows(values, self.sections)
+
+    def by_block(self) -> dict[str, Tensor]:
+        """The columns of each block of `dense`."""
+        return self.dense().by_block()
+
+    def multiplied(self, vectors: Mapping[str, Tensor]) -> Tensor:
+        """The sum of `multiplied_by_block`."""
+        out = self._zeros(len(next(iter(vectors.values()))), len(self))
+        for name, matrix in self.matrices.items():
+            self._add_product(name, vectors[matrix.block], out)
+        return out
+
+    def multiplied_by_block(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Vectors ``(k, P_block)`` of each block, multiplied with the rows: ``(k, n)``."""
+        blocks = {block: self._zeros(len(vectors[block]), len(self)) for block in self.sections}
+        for name, matrix in self.matrices.items():
+            self._add_product(name, vectors[matrix.block], blocks[matrix.block])
+        return blocks
+
+    def scaled(self, factors: Mapping[str, float]) -> Self:
+        """The matrices of each block times a number."""
+        scaled = {
+            name: Factor(factor.gradients * factors[self.matrices[name].block], factor.inputs)
+            for name, factor in self.factors.items()
+        }
+        return replace(self, factors=scaled)
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return next(iter(self.factors.values())).gradients.new_zeros(*shape)
+
+    def _weight(self, name: str, right: FactoredRows) -> Tensor | None:
+        return self.weights.get(name, right.weights.get(name))
+
+    def _add_dot(self, name: str, right: FactoredRows, out: Tensor) -> None:
+        left, other, matrix = self.factors[name], right.factors[name], self.matrices[name]
+        weight = self._weight(name, right)
+        if left.is_one_hot and other.is_one_hot:
+            _add_one_hot(left, other, matrix, out)
+        elif weight is None and _is_gram_cheaper(left, other, matrix):
+            _add_gram(left, other, out)
+        else:
+            for i, j in _tiles(*out.shape, 4 * out.element_size() * matrix.groups * matrix.d_in):
+                _add_formed(_form(left[i], matrix), _form(other[j], matrix), matrix, weight, out[i, j])
+
+    def _add_product(self, name: str, vectors: Tensor, out: Tensor) -> None:
+        factor, matrix, weight = self.factors[name], self.matrices[name], self.weights.get(name)
+        if factor.is_one_hot:
+            _add_gathered(matrix.take(vectors)[:, 0], factor, out)
+            return
+        for i, j in _tiles(*out.shape, 4 * out.element_size() * matrix.groups * matrix.d_in):
+            rows = vectors[i]
+            _add_formed(_take(rows, matrix), _form(factor[j], matrix), matrix, weight, out[i, j])
+
+
+#: Rows that gradients can be.
+GradientRows = DenseRows | FactoredRows
 
 
 @dataclass(frozen=True)
@@ -96,43 +368,171 @@ class CoordinateRows:
 
     coordinates: Tensor
     sections: Mapping[str, slice]
-    identity: DenseRows | None = None
+    identity: GradientRows | None = None
 
     def __len__(self) -> int:
         return self.coordinates.shape[0]
 
     @property
     def arrays(self) -> dict[str, Tensor]:
-        """See `Rows`."""
-        identity = {} if self.identity is None else {"identity": self.identity.values}
-        return {"coordinates": self.coordinates, **identity}
+        """See `Rows`; those of the identity's part are called ``identity.NAME``."""
+        identity = {} if self.identity is None else self.identity.arrays
+        return {"coordinates": self.coordinates, **{f"identity.{name}": array for name, array in identity.items()}}
 
     def with_arrays(self, arrays: Mapping[str, Tensor]) -> Self:
         """See `Rows`."""
-        identity = None if self.identity is None else replace(self.identity, values=arrays["identity"])
+        identity = self.identity
+        if identity is not None:
+            identity = identity.with_arrays({name: arrays[f"identity.{name}"] for name in identity.arrays})
         return replace(self, coordinates=arrays["coordinates"], identity=identity)
 
     def dot(self, right: CoordinateRows) -> Tensor:
         """See `Rows`."""
         result = self.coordinates @ right.coordinates.T
         if self.identity is not None and right.identity is not None:
-            result += self.identity.dot(right.identity)
+            result += self.identity.dot(right.identity)  # type: ignore[arg-type]
         return result
 
     def dot_each(self, right: CoordinateRows) -> Tensor:
         """See `Rows`."""
         result = (self.coordinates * right.coordinates).sum(1)
         if self.identity is not None and right.identity is not None:
-            result += self.identity.dot_each(right.identity)
+            result += self.identity.dot_each(right.identity)  # type: ignore[arg-type]
         return result
 
     def dot_by_block(self, right: CoordinateRows) -> dict[str, Tensor]:
         """See `Rows`."""
         parts = {name: self.coordinates[:, s] @ right.coordinates[:, s].T for name, s in self.sections.items()}
         if self.identity is not None and right.identity is not None:
-            for name, part in self.identity.dot_by_block(right.identity).items():
+            for name, part in self.identity.dot_by_block(right.identity).items():  # type: ignore[arg-type]
                 parts[name] += part
         return parts
+
+
+#: Rows of matrices, from which of their outputs: ``(n, K)``.
+_Form = Callable[[slice], Tensor]
+
+
+def _form(factor: Factor, matrix: Matrix) -> _Form:
+    return lambda outputs: factor.formed(matrix.d_in, outputs).flatten(1)
+
+
+def _take(rows: Tensor, matrix: Matrix) -> _Form:
+    return lambda outputs: matrix.take(rows, outputs).flatten(1)
+
+
+def _add_formed(left: _Form, right: _Form, matrix: Matrix, weight: Tensor | None, out: Tensor) -> None:
+    """Add the products of matrices, of so many of their rows at a time as fit."""
+    per_output = 4 * out.element_size() * matrix.groups * matrix.d_in * sum(out.shape)
+    for outputs in _parts(matrix.d_out, max(1, WORKSPACE // max(1, per_output))):
+        formed = left(outputs)
+        if weight is not None:
+            formed = formed * weight[:, outputs].flatten()
+        out.addmm_(formed, right(outputs).T)
+
+
+def _is_gram_cheaper(left: Factor, right: Factor, matrix: Matrix) -> bool:
+    if left.is_formed or right.is_formed:
+        return False
+    pairs = left.positions * right.positions
+    return pairs * (matrix.groups * (matrix.d_out + matrix.d_in) + _ENTRY) < matrix.size
+
+
+def _add_gram(left: Factor, right: Factor, out: Tensor) -> None:
+    """Add ``sum_ts (d_t . d_s) (a_t . a_s)``, from the inner products of positions."""
+    t, s = left.positions, right.positions
+    assert left.inputs is not None
+    assert right.inputs is not None
+    for i, j in _tiles(*out.shape, None, 3 * out.element_size() * t * s):
+        total = out[i, j]
+        for group in range(left.gradients.shape[2]):
+            d, a, e, b = (
+                factor[:, :, group].flatten(0, 1)
+                for factor in (left.gradients[i], left.inputs[i], right.gradients[j], right.inputs[j])
+            )
+            products = (d @ e.T).mul_(a @ b.T)
+            if t * s > 1:
+                products = products.reshape(total.shape[0], t, total.shape[1], s).sum((1, 3))
+            total += products
+
+
+def _add_one_hot(left: Factor, right: Factor, matrix: Matrix, out: Tensor) -> None:
+    """Add ``sum_ts [i_t = j_s] d_t . d_s``: from pairs of positions, or one range of places after the other."""
+    t, s = left.positions, right.positions
+    assert left.inputs is not None
+    assert right.inputs is not None
+    if t * s <= matrix.d_in:
+        for i, j in _tiles(*out.shape, None, 4 * out.element_size() * t * s):
+            d, e = left.gradients[i, :, 0], right.gradients[j, :, 0]
+            same = left.inputs[i].flatten()[:, None] == right.inputs[j].flatten()
+            products = (d.flatten(0, 1) @ e.flatten(0, 1).T).mul_(same)
+            out[i, j] += products.reshape(len(d), t, len(e), s).sum((1, 3))
+        return
+    for i, j in _tiles(*out.shape, 4 * out.element_size() * matrix.d_out):
+        per_place = 4 * out.element_size() * matrix.d_out * sum(out[i, j].shape)
+        for places in _parts(matrix.d_in, max(1, WORKSPACE // max(1, per_place))):
+            out[i, j].addmm_(_at_places(left[i], places), _at_places(right[j], places).T)
+
+
+def _at_places(factor: Factor, places: slice) -> Tensor:
+    """Columns of the matrices of a one-hot factor: ``(n, k d_out)``."""
+    d, index = factor.gradients[:, :, 0], factor.inputs
+    assert index is not None
+    here = (index >= places.start) & (index < places.stop)
+    index = torch.where(here, index - places.start, 0)
+    columns = d.new_zeros(len(d), places.stop - places.start, d.shape[2])
+    return columns.scatter_add_(1, index[:, :, None].expand(d.shape), d * here[:, :, None]).flatten(1)
+
+
+def _add_gathered(matrices: Tensor, factor: Factor, out: Tensor) -> None:
+    """Add the products of matrices ``(k, d_out, d_in)`` and a one-hot factor, reading only the columns at its places."""
+    t = factor.positions
+    assert factor.inputs is not None
+    columns = matrices.mT  # of an embedding, contiguous
+    for i, j in _tiles(*out.shape, None, 2 * out.element_size() * t * matrices.shape[1]):
+        d, index = factor.gradients[j, :, 0], factor.inputs[j].flatten()
+        gathered = columns[i].index_select(1, index)
+        products = torch.einsum("kpo,po->kp", gathered, d.flatten(0, 1))
+        out[i, j] += products.reshape(len(gathered), len(d), t).sum(2)
+
+
+def _dot_each(left: Factor, right: Factor, matrix: Matrix, weight: Tensor | None) -> Tensor:
+    if left.is_one_hot and right.is_one_hot:
+        assert left.inputs is not None
+        assert right.inputs is not None
+        same = left.inputs[:, :, None] == right.inputs[:, None, :]
+        products: Tensor = (left.gradients[:, :, 0] @ right.gradients[:, :, 0].mT * same).sum((1, 2))
+        return products
+    if left.positions == right.positions == 1 and left.inputs is not None and right.inputs is not None:
+        d, a = left.gradients[:, 0] * right.gradients[:, 0], left.inputs[:, 0] * right.inputs[:, 0]
+        if weight is None:
+            return (d.sum(2) * a.sum(2)).sum(1)
+        return torch.einsum("ngi,ngi->n", torch.einsum("ngo,goi->ngi", d, weight), a)
+    product = left.formed(matrix.d_in) * right.formed(matrix.d_in)
+    if weight is not None:
+        product = product * weight
+    return product.sum((1, 2, 3))
+
+
+def _tiles(n: int, m: int, per_sample: int | None, per_pair: int = 0) -> Iterator[tuple[slice, slice]]:
+    """Ranges of left and right samples whose intermediates, so many bytes each or each pair, fit."""
+    rows, columns = min(n, _LEFT), min(m, _RIGHT)
+    while rows > 1 or columns > 1:
+        taken = rows * columns * per_pair if per_sample is None else (rows + columns) * per_sample
+        if taken <= WORKSPACE:
+            break
+        if columns >= rows:
+            columns = -(-columns // 2)
+        else:
+            rows = -(-rows // 2)
+    for i in _parts(n, max(1, rows)):
+        for j in _parts(m, max(1, columns)):
+            yield i, j
+
+
+def _parts(n: int, size: int) -> Iterator[slice]:
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
 
 
 def check_finite(rows: Tensor, what: str, samples: str, start: int = 0) -> None:
@@ -147,7 +547,7 @@ def check_finite(rows: Tensor, what: str, samples: str, start: int = 0) -> None:
     Raises:
         NonFiniteError: naming the first ten offending samples.
     """
-    if rows.numel() == 0:
+    if rows.numel() == 0 or not rows.is_floating_point():
         return
     # The maximum norm carries NaN and infinity to one number a sample and makes no copy of the rows.
     worst = torch.linalg.vector_norm(rows.flatten(1) if rows.ndim > 1 else rows[:, None], ord=float("inf"), dim=1)
