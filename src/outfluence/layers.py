@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from outfluence.errors import UnsupportedLayerError
-from outfluence.rows import Factor, FactoredRows, Matrix
+from outfluence.rows import Factor, Matrix
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Use:
         dims: of a vector, the axes of the output that it lies along.
         part: which of the outputs of the parameter these are; None: all.
         groups: of a convolution.
+        padding: of an embedding, the place that gets no gradient.
         inputs: what the output gradient is multiplied with; None: ones. It is asked for once, after the forward pass.
     """
 
@@ -49,6 +50,7 @@ class Use:
     dims: tuple[int, ...] = ()
     part: slice | None = None
     groups: int = 1
+    padding: int | None = None
     inputs: Callable[[], Tensor] | None = field(default=None, compare=False)
 
     @property
@@ -67,14 +69,12 @@ class Unit:
         matrix: where the entries are.
         kind: of the uses of the parameter; "mixed" where they differ (a weight shared by an embedding and a linear
             layer).
-        positions: T, as seen.
     """
 
     parameter: str
     bias: str | None
     matrix: Matrix
     kind: str
-    positions: int
 
     @property
     def is_vector(self) -> bool:
@@ -197,9 +197,9 @@ class Recorder(TorchFunctionMode):
         """A linear function of a part of the outputs of a weight (or all: ``whole``) and of a bias."""
         chosen = slice(None) if part is None else part
         uses = _linear(self._name, x, weight, bias)
-        uses = [u if part is None or (whole and u.kind == "matrix") else _of_part(u, chosen) for u in uses]
+        uses = [u if part is None or (whole and u.kind == "matrix") else replace(u, part=chosen) for u in uses]
         if whole:
-            uses = [Use(**{**vars(u), "bias": None}) for u in uses]
+            uses = [replace(u, bias=None) for u in uses]
         output = F.linear(x, weight if whole else weight[chosen], None if bias is None else bias[chosen])
         return self._keep(output, uses) if uses else output
 
@@ -234,14 +234,6 @@ class Recording:
         )
         by_output = {i: gradient.detach() for i, gradient in zip(places, gradients, strict=True)}
         return {name: self._factor(unit, by_output) for name, unit in self.structure.units.items()}
-
-    def inputs(self) -> dict[str, Tensor | None]:
-        """What the output gradients of each unit are multiplied with; see `Factor`. None for vectors."""
-        zeros = {i: torch.zeros_like(o) for i, o in enumerate(self._recorder.outputs) if o is not None}
-        return {
-            name: None if unit.is_vector else self._factor(unit, zeros).inputs
-            for name, unit in self.structure.units.items()
-        }
 
     def _factor(self, unit: Unit, gradients: Mapping[int, Tensor]) -> Factor:
         uses = [use for use in self._recorder.uses if use.parameter == unit.parameter and use.output in gradients]
@@ -280,6 +272,8 @@ class Recording:
             inputs = _for_all(inputs, self.n)
         if use.kind == "one_hot":
             index = inputs.movedim(axis, 0).reshape(self.n, -1)
+            if use.padding is not None:
+                d = d * (index != use.padding)[:, :, None]
             if unit.kind == "one_hot":
                 return d[:, :, None], index
             return F.one_hot(index, matrix.d_out).to(d.dtype)[:, :, None], d[:, :, None]
@@ -363,22 +357,8 @@ def look(
     )
 
 
-def factored_rows(
-    structure: Structure, factors: Mapping[str, Factor], dense: Mapping[str, Tensor], layout: _Layout
-) -> FactoredRows:
-    """Rows of recorded factors, and of the dense gradients ``(n, size)`` of all other parameters."""
-    matrices, parts = structure.matrices, dict[str, Factor]()
-    for name, factor in factors.items():
-        parts[name] = factor.compact(matrices[name])
-    for name, gradients in dense.items():
-        block, columns = layout.columns[name]
-        matrices[name] = Matrix(block, 1, gradients.shape[1], 1, columns)
-        parts[name] = Factor(gradients[:, None, :, None], None)
-    return FactoredRows(parts, matrices, layout.sections)
-
-
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """Where parameters are in a row.
 
     Attributes:
@@ -390,7 +370,7 @@ class _Layout:
     sections: Mapping[str, slice]
 
 
-def layout(blocks: Mapping[str, Iterable[str]], sizes: Mapping[str, int]) -> _Layout:
+def layout(blocks: Mapping[str, Iterable[str]], sizes: Mapping[str, int]) -> Layout:
     """Columns of parameters, laid out block after block."""
     columns, sections, start = {}, {}, 0
     for block, names in blocks.items():
@@ -399,7 +379,7 @@ def layout(blocks: Mapping[str, Iterable[str]], sizes: Mapping[str, int]) -> _La
             columns[name] = (block, slice(start - first, start - first + sizes[name]))
             start += sizes[name]
         sections[block] = slice(first, start)
-    return _Layout(columns, sections)
+    return Layout(columns, sections)
 
 
 def _units(recorder: Recorder, blocks: Mapping[str, Iterable[str]], reasons: Mapping[str, str]) -> dict[str, Unit]:
@@ -430,7 +410,7 @@ def _units(recorder: Recorder, blocks: Mapping[str, Iterable[str]], reasons: Map
         uses = by_parameter.get(name, [])
         if name in reasons or name in biases or not uses or any(use.kind != "vector" for use in uses):
             continue
-        units[name] = Unit(name, None, Matrix(block, 1, sizes[name], 1, where), "vector", 1)
+        units[name] = Unit(name, None, Matrix(block, 1, sizes[name], 1, where), "vector")
     # In the order of columns.
     return {name: units[name] for name in columns if name in units}
 
@@ -459,21 +439,14 @@ def _matrix_unit(
         None if bias is None else columns[bias][1],
         transposed,
     )
-    positions = sum(math.prod(recorder.shapes[use.output]) // (_width(use, recorder) * 3) for use in uses)
-    return Unit(name, bias, matrix, kind, max(1, positions))
-
-
-def _width(use: Use, recorder: Recorder) -> int:
-    shape = recorder.shapes[use.output]
-    return int(shape[1] if use.kind == "conv" else shape[-1])
+    return Unit(name, bias, matrix, kind)
 
 
 def _reason_against(use: Use, axis: Any, shape: tuple[int, ...]) -> str | None:
     if axis == "none":
         return "given to a function whose output has no axis of samples"
     if use.kind == "vector":
-        dims = [dim % len(shape) for dim in use.dims]
-        if (axis or 0) in dims and axis is not None:
+        if axis in [dim % len(shape) for dim in use.dims]:
             return "has an entry for each sample"
     elif use.kind == "conv" and axis != 0:
         return "the first axis of the convolution is not that of the samples"
@@ -492,15 +465,11 @@ def _axis_of(two: tuple[int, ...], three: tuple[int, ...]) -> Any:
 
 
 def _numbered(use: Use, number: int, shapes: Mapping[str, tuple[int, ...]], output: Tensor) -> Use:
-    dims = use.dims
-    if use.kind == "vector" and dims == _BROADCAST:
-        shape = shapes[use.parameter]
+    shape, dims = shapes[use.parameter], use.dims
+    if dims == _BROADCAST:
         dims = tuple(i - len(shape) for i, size in enumerate(shape) if size > 1)
-    return Use(**{**vars(use), "output": number, "dims": tuple(dim % output.ndim for dim in dims)})
-
-
-def _of_part(use: Use, part: slice) -> Use:
-    return Use(**{**vars(use), "part": part})
+    # Counted from the last: an axis of samples may be put before the first.
+    return replace(use, output=number, dims=tuple(dim if dim < 0 else dim - output.ndim for dim in dims))
 
 
 def _padded(tensor: Tensor, part: slice, size: int) -> Tensor:
@@ -621,9 +590,8 @@ def _embedding(
     w = name(weight)
     if w is None or max_norm is not None or scale_grad_by_freq:
         return []
-    if padding_idx is not None:  # its row gets no gradient: functions of other rows only
-        return []
-    return [Use(w, "one_hot", transposed=True, inputs=index.detach)]
+    padding = None if padding_idx is None else padding_idx % weight.shape[0]
+    return [Use(w, "one_hot", transposed=True, padding=padding, inputs=index.detach)]
 
 
 def _norm(name: _Name, weight: Any, bias: Any, dims: tuple[int, ...], normalised: Callable[[], Tensor]) -> list[Use]:

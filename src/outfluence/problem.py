@@ -24,8 +24,9 @@ from torch.utils import _pytree
 from outfluence.data import Batch, Tree, describe, tree_leaves, tree_map
 from outfluence.errors import OutfluenceError, ProblemError
 from outfluence.fingerprint import fingerprint
+from outfluence.layers import Layout, Recording, Structure, layout, look, record
 from outfluence.modes import BlockMode
-from outfluence.rows import DenseRows, check_finite
+from outfluence.rows import DenseRows, Factor, FactoredRows, GradientRows, Matrix, check_finite
 
 #: Maps the model's output and the labels, both with one sample (first axis 1), to a scalar.
 Loss = Callable[[Any, Any], Tensor]
@@ -59,6 +60,7 @@ class Problem:
     loss: Loss
     block_structure: BlockMode | str | Mapping[str, Iterable[str]] = BlockMode.FULL
     blocks: dict[str, tuple[str, ...]] = field(init=False, repr=False)
+    structure: Structure = field(init=False, repr=False, default=Structure())
 
     def __post_init__(self) -> None:
         names = [name for name, p in self.model.named_parameters() if p.requires_grad]
@@ -88,13 +90,7 @@ class Problem:
     @property
     def sections(self) -> dict[str, slice]:
         """For each block, in order, its columns in a row."""
-        sizes = {name: p.numel() for name, p in self.parameters.items()}
-        sections, start = {}, 0
-        for block, names in self.blocks.items():
-            stop = start + sum(sizes[name] for name in names)
-            sections[block] = slice(start, stop)
-            start = stop
-        return sections
+        return dict(self._layout.sections)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -111,7 +107,8 @@ class Problem:
         """This problem on a device; the user's model stays where it is."""
         if self.device == torch.device(device):
             return self
-        return replace(self, model=copy.deepcopy(self.model).to(device), block_structure=self.blocks)
+        moved = replace(self, model=copy.deepcopy(self.model).to(device), block_structure=self.blocks)
+        return moved._with(self.structure)
 
     def flatten(self, tensors: Mapping[str, Tensor], names: Iterable[str] | None = None) -> Tensor:
         """Tensors by parameter, with equal leading axes ``(n,)``, as rows ``(n, sum of sizes)``."""
@@ -156,9 +153,90 @@ class Problem:
         losses: Tensor = self._per_sample(self.sample_loss, x, y)(dict(parameters), x, y)
         return losses.sum()
 
-    def gradients(self, x: Tree, y: Tree) -> DenseRows:
-        """Gradients of each sample's loss, ``(n, P)``."""
-        return DenseRows(self.block_gradients(x, y, self.names), self.sections)
+    def sum_of_losses(self, output: Any, y: Tree) -> Tensor:
+        """The sum over samples of the loss, from the model's output for a batch: a scalar."""
+
+        def one(tree: Any) -> Any:  # torch's own trees: a model's output may be a class registered there
+            return _pytree.tree_map(lambda t: t.unsqueeze(0), tree)
+
+        def loss(z: Any, label: Tree) -> Tensor:
+            return self.output_loss(one(z), None if label is None else one(label))
+
+        return vmap(loss, in_dims=(0, None if y is None else 0))(output, y).sum()
+
+    def gradients(self, x: Tree, y: Tree) -> GradientRows:
+        """Gradients of each sample's loss: factored as far as is known how (`structured`), and saves anything."""
+        if not self.structure.units:
+            return DenseRows(self.block_gradients(x, y, self.names), self.sections)
+        recording = self.record(x)
+        factors = recording.factors(self.sum_of_losses(recording.output, self.on_device(y)))
+        parts, matrices, columns = dict[str, Factor | Tensor](factors), self.structure.matrices, self._layout.columns
+        if self.structure.dense:
+            dense = self.unflatten(self.block_gradients(x, y, self.structure.dense), self.structure.dense)
+            for name, values in dense.items():
+                block, where = columns[name]
+                matrices[name] = Matrix(block, 1, math.prod(values.shape[1:]), 1, where)
+                parts[name] = values.flatten(1)[:, None, :, None] if values.ndim > 1 else values[:, None, None, None]
+        rows = FactoredRows.of(parts, matrices, self.sections)
+        return rows if rows.factors else rows.dense()
+
+    def record(self, x: Tree) -> Recording:
+        """Run a batch through the model, and keep what gradients are made of; see `layers`.
+
+        Raises:
+            UnsupportedLayerError: if the model does something else than when it was looked at by `structured`.
+        """
+        x = self.on_device(x)
+        return record(partial(self.output, x=x), self.parameters, self.structure, tree_leaves(x)[0].shape[0])
+
+    def structured(self, batch: Batch) -> Problem:
+        """This problem, knowing which of its gradients are sums of outer products; see `layers`.
+
+        What the model does with its parameters is looked at on a few samples, and the gradients found in this way are
+        compared with those of automatic differentiation: parameters for which they differ stay dense.
+
+        Args:
+            batch: one to three samples.
+        """
+        n = tree_leaves(batch.x)[0].shape[0]
+        three = Batch(*(tree_map(lambda t: t[[i % n for i in range(3)]], part) for part in batch))
+        x, parameters = self.on_device(three.x), self.parameters
+
+        def call(given: Mapping[str, Tensor], n: int) -> Any:
+            return self.output(given, tree_map(lambda t: t[:n], x))
+
+        without: dict[str, str] = {}
+        while True:
+            structure = look(call, parameters, self.blocks, without)
+            wrong = _differing(self._with(structure), three)
+            if not wrong:
+                return self._with(structure)
+            without |= wrong
+
+    def describe(self, batch: Batch) -> str:
+        """Which parameters' gradients are factored, and what they cost.
+
+        Args:
+            batch: one to three samples.
+        """
+        problem = self.structured(batch)
+        parts = problem.record(batch.x)
+        factors = parts.factors(problem.sum_of_losses(parts.output, problem.on_device(batch.y)))
+        sizes, lines = {name: p.numel() for name, p in self.parameters.items()}, []
+        for name, unit in problem.structure.units.items():
+            factor, matrix = factors[name], unit.matrix
+            both = name if unit.bias is None else f"{name} and bias"
+            if unit.is_vector:
+                lines.append(f"{both}: {matrix.size:,} numbers")
+                continue
+            taken = factor.gradients[0].numel() + factor.inputs[0].numel()
+            shape = f"{matrix.groups} x " * (matrix.groups > 1) + f"{matrix.d_out:,} x {matrix.d_in:,}"
+            how = f"factored, {taken:,} numbers" if factor.is_smaller(matrix) else f"multiplied, {matrix.size:,} numbers"
+            lines.append(f"{both}: {shape}, {factor.positions:,} position(s): {how}")
+        lines += [f"{name}: {sizes[name]:,} numbers, dense ({why})" for name, why in problem.structure.dense.items()]
+        rows = problem.gradients(*batch)
+        total = sum(array.shape[1] for array in rows.arrays.values())
+        return "\n".join([*lines, f"a gradient: {total:,} numbers instead of {self.n_parameters:,}"])
 
     def block_gradients(self, x: Tree, y: Tree, names: Iterable[str]) -> Tensor:
         """Gradients of each sample's loss with respect to some of the parameters, ``(n, sum of their sizes)``."""
@@ -215,12 +293,15 @@ class Problem:
         device = self.device
         return tree_map(lambda t: t.to(device), tree)
 
-    def check(self, batch: Batch, whose: str) -> None:
+    def check(self, batch: Batch, whose: str) -> Problem:
         """Try a few samples before any work.
 
         Args:
             batch: one or a few samples, the first of the data.
             whose: which data they come from, for messages: "training", "test".
+
+        Returns:
+            This problem, with its structure; see `structured`.
 
         Raises:
             ProblemError: if the model's output for a sample depends on the other samples, on those before, or on
@@ -236,7 +317,8 @@ class Problem:
             )
         try:
             self._check_samples_apart(batch)  # first: it works on copies of the buffers
-            gradients = self.gradients(*batch)
+            problem = self if self.structure.axes else self.structured(batch)
+            gradients = problem.gradients(*batch)
         except OutfluenceError:
             raise
         except Exception as error:
@@ -244,7 +326,9 @@ class Problem:
                 f"the model or the loss fails on {whose} sample 0 ({describe(batch, batched=True)}): "
                 f"{type(error).__name__}: {error}"
             ) from error
-        check_finite(gradients.values, "gradients", whose)
+        for array in gradients.arrays.values():
+            check_finite(array, "gradients", whose)
+        return problem
 
     def _check_samples_apart(self, batch: Batch) -> None:
         """Run samples together and alone, on copies of the buffers: outputs and buffers must not change."""
@@ -315,6 +399,15 @@ class Problem:
             "blocks": fingerprint(self.blocks),
         }
 
+    @property
+    def _layout(self) -> Layout:
+        return layout(self.blocks, {name: p.numel() for name, p in self.parameters.items()})
+
+    def _with(self, structure: Structure) -> Problem:
+        other = copy.copy(self)
+        object.__setattr__(other, "structure", structure)
+        return other
+
     def _per_sample(self, function: Callable[..., Any], x: Tree, y: Tree) -> Callable[..., Any]:
         # Mapped over the samples of x and y; a missing y stays None.
         dims = (None, None if x is None else 0, None if y is None else 0)
@@ -370,6 +463,50 @@ def _check_deterministic(model: nn.Module) -> None:
         dropout = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0)
         if module.training and isinstance(dropout, (int, float)) and dropout > 0:
             raise ProblemError(f"{where} drops out at random: call model.eval() first, or set its rate to 0.")
+
+
+def _differing(problem: Problem, batch: Batch) -> dict[str, str]:
+    """The parameters whose recorded gradients are not those of automatic differentiation, and what to say of them."""
+    if not problem.structure.units:
+        return {}
+    try:  # in float64, where a difference is a difference
+        exact = replace(problem, model=copy.deepcopy(problem.model).double(), block_structure=problem.blocks)
+        x, y = (tree_map(lambda t: t.double() if t.is_floating_point() else t, part) for part in batch)
+        differences = _differences(exact._with(problem.structure), Batch(x, y))
+        tolerance = (1e-9, 1e-13)
+    except OutfluenceError:
+        raise
+    except Exception:  # a model may work in its own type only
+        differences = _differences(problem, batch)
+        tolerance = (1e-3, 1e-6)
+    largest = max(scale for _, scale in differences.values())
+    wrong = {}
+    for name, (difference, scale) in differences.items():
+        if not difference <= tolerance[0] * scale + tolerance[1] * largest + 1e-30:
+            unit = problem.structure.units[name]
+            members = (name,) if unit.bias is None else (name, unit.bias)
+            wrong |= dict.fromkeys(members, "used in a way that its layer does not show")
+    return wrong
+
+
+def _differences(problem: Problem, batch: Batch) -> dict[str, tuple[float, float]]:
+    """For each unit the largest difference of an entry, and the largest entry."""
+    recording = problem.record(batch.x)
+    factors = recording.factors(problem.sum_of_losses(recording.output, problem.on_device(batch.y)))
+    units, found = problem.structure.units, dict.fromkeys(problem.structure.units, (0.0, 0.0))
+    for i in range(recording.n):
+        x, y = (problem.on_device(tree_map(lambda t: t[i], part)) for part in batch)  # noqa: B023 - used at once
+        with torch.enable_grad():
+            variables = {name: p.requires_grad_() for name, p in problem.parameters.items()}
+            loss = problem.sample_loss(variables, x, y)
+        expected = torch.autograd.grad(loss, [*variables.values()], allow_unused=True, materialize_grads=True)
+        row = problem.flatten({name: g[None] for name, g in zip(variables, expected, strict=True)})
+        for name, unit in units.items():
+            whole = unit.matrix.take(row[:, problem.sections[unit.matrix.block]])
+            got = factors[name][slice(i, i + 1)].formed(unit.matrix.d_in)
+            difference, scale = float((got - whole).abs().amax()), float(whole.abs().amax())
+            found[name] = max(found[name][0], difference), max(found[name][1], scale)
+    return found
 
 
 def _only(i: int, leaf: Tensor) -> Tensor:

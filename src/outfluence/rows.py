@@ -5,6 +5,7 @@ Calculators, stores and plans see only this: `len`, named arrays to store, and d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
@@ -15,7 +16,7 @@ from torch import Tensor
 from outfluence.errors import NonFiniteError
 
 #: Bytes that are formed at a time while factored rows are multiplied.
-WORKSPACE = 64 << 20
+WORKSPACE = 32 << 20
 #: Samples of the left and of the right rows that are multiplied at a time, where what is formed fits.
 _LEFT, _RIGHT = 1024, 4096
 #: What an entry of a small matrix of positions costs beside the products that it is the sum of.
@@ -96,6 +97,10 @@ class DenseRows:
         """These."""
         return self
 
+    def part(self, name: str, matrix: Matrix) -> Tensor:  # noqa: ARG002 - as that of FactoredRows
+        """The matrices of samples, ``(n, groups, d_out, d_in)``."""
+        return matrix.take(self.values[:, self.sections[matrix.block]])
+
     def multiplied_by_block(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Vectors ``(k, P_block)`` of each block, multiplied with the rows: ``(k, n)``."""
         return {name: vectors[name] @ part.T for name, part in self.by_block().items()}
@@ -162,43 +167,33 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Factor:
-    """The matrices of samples, ``sum_t d_t a_t^T`` over T positions, or formed.
+    """The matrices of samples as sums over T positions, ``sum_t d_t a_t^T``.
 
     Attributes:
-        gradients: d, ``(n, T, groups, d_out)``; if formed ``(n, groups, d_out, d_in)``.
+        gradients: d, ``(n, T, groups, d_out)``.
         inputs: a, ``(n, T, groups, d_in)``; or ``(n, T)`` integers, the places of the ones in vectors that are zero
-            elsewhere (embeddings); None if formed.
+            elsewhere (embeddings).
     """
 
     gradients: Tensor
-    inputs: Tensor | None
-
-    def __len__(self) -> int:
-        return self.gradients.shape[0]
+    inputs: Tensor
 
     def __getitem__(self, samples: slice) -> Factor:
-        return Factor(self.gradients[samples], None if self.inputs is None else self.inputs[samples])
-
-    @property
-    def is_formed(self) -> bool:
-        """Whether the matrices are there."""
-        return self.inputs is None
+        return Factor(self.gradients[samples], self.inputs[samples])
 
     @property
     def is_one_hot(self) -> bool:
         """Whether a is given by places."""
-        return self.inputs is not None and not self.inputs.is_floating_point()
+        return not self.inputs.is_floating_point()
 
     @property
     def positions(self) -> int:
         """T."""
-        return 1 if self.is_formed else self.gradients.shape[1]
+        return self.gradients.shape[1]
 
     def formed(self, d_in: int, outputs: slice = slice(None)) -> Tensor:
         """Rows of the matrices: ``(n, groups, k, d_in)``."""
         d, a = self.gradients, self.inputs
-        if a is None:
-            return d[:, :, outputs]
         if self.is_one_hot:
             d = d[:, :, 0, outputs]
             matrices = d.new_zeros(len(d), d_in, d.shape[2])
@@ -208,95 +203,138 @@ class Factor:
             return d[:, 0, :, :, None] * a[:, 0, :, None, :]
         return d.permute(0, 2, 3, 1) @ a.transpose(1, 2)
 
-    def compact(self, matrix: Matrix) -> Factor:
-        """The same, in fewer numbers if forming the matrices takes fewer."""
-        if self.inputs is None or self.is_one_hot:
-            return self
-        factored = self.positions * matrix.groups * (matrix.d_out + matrix.d_in)
-        return self if factored < matrix.size else Factor(self.formed(matrix.d_in), None)
+    def is_smaller(self, matrix: Matrix) -> bool:
+        """Whether the sides take fewer numbers than the matrices."""
+        if self.is_one_hot:
+            return self.positions * (matrix.d_out + 1) < matrix.size
+        return self.positions * matrix.groups * (matrix.d_out + matrix.d_in) < matrix.size
 
 
 @dataclass(frozen=True)
 class FactoredRows:
-    """Per layer the inputs and the output gradients; no vector of all parameters exists.
+    """Per layer the inputs and the output gradients, or the product of both where that is smaller.
 
     Attributes:
-        factors: of the samples, by matrix.
-        matrices: what they are factors of.
+        factors: of the matrices that are not formed, by name.
+        formed: the entries of all others, ``(n, F)``.
+        columns: where they are there, by name.
+        matrices: of which all these are, in the order of parameters.
         sections: for each block, in order, its columns in a dense row.
-        weights: numbers ``(groups, d_out, d_in)`` that the entries of a matrix are multiplied with; none: ones. Of two
-            rows that are multiplied only one has any.
+        weights: numbers ``(groups, d_out, d_in)`` that the entries of a matrix that is not formed are multiplied with;
+            none: ones. Of two rows that are multiplied only one has any.
     """
 
     factors: Mapping[str, Factor]
+    formed: Tensor
+    columns: Mapping[str, slice]
     matrices: Mapping[str, Matrix]
     sections: Mapping[str, slice]
     weights: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def of(
+        cls,
+        parts: Mapping[str, Factor | Tensor],
+        matrices: Mapping[str, Matrix],
+        sections: Mapping[str, slice],
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> Self:
+        """From factors, or matrices ``(n, groups, d_out, d_in)``; factors are multiplied where that saves numbers.
+
+        With weights these are multiplied into what is formed, and into factors that are one-hot.
+        """
+        factors, formed, columns, start = {}, [], {}, 0
+        n, like = _length_of(parts)
+        left = {}
+        for name, part in parts.items():
+            weight, matrix = (weights or {}).get(name), matrices[name]
+            if isinstance(part, Factor) and part.is_smaller(matrix):
+                if weight is not None and part.is_one_hot:  # (V, d_out) at the places
+                    at_places = weight[0].T[part.inputs]
+                    part = Factor(part.gradients * at_places[:, :, None], part.inputs)
+                elif weight is not None:
+                    left[name] = weight
+                factors[name] = part
+                continue
+            entries = _matrices(part, matrix)
+            formed.append((entries if weight is None else entries * weight).reshape(n, matrix.size))
+            columns[name] = slice(start, start + matrix.size)
+            start += matrix.size
+        together = formed[0] if len(formed) == 1 else torch.cat(formed, dim=1) if formed else like.new_zeros(n, 0)
+        return cls(factors, together, columns, matrices, sections, left)
+
     def __len__(self) -> int:
-        return len(next(iter(self.factors.values())))
+        return self.formed.shape[0]
 
     @property
     def arrays(self) -> dict[str, Tensor]:
-        """See `Rows`; ``NAME.inputs`` and ``NAME.gradients``, position after position, or ``NAME`` if it is formed."""
-        arrays = {}
-        for name, factor in self.factors.items():
-            if factor.inputs is None:
-                arrays[name] = factor.gradients.flatten(1)
-            else:
-                arrays[f"{name}.inputs"] = factor.inputs.flatten(1)
-                arrays[f"{name}.gradients"] = factor.gradients.flatten(1)
+        """See `Rows`: ``formed``, and side by side the ``gradients``, ``inputs`` and ``places`` of the factors."""
+        arrays = {"formed": self.formed} if self.columns else {}
+        for name, parts in self._kinds().items():
+            if parts:
+                arrays[name] = torch.cat([part.flatten(1) for part in parts], dim=1)
         return arrays
 
     def with_arrays(self, arrays: Mapping[str, Tensor]) -> Self:
         """See `Rows`."""
-        factors = {}
-        for name, factor in self.factors.items():
-            m = self.matrices[name]
-            if factor.inputs is None:
-                factors[name] = Factor(arrays[name].reshape(-1, m.groups, m.d_out, m.d_in), None)
-                continue
-            d, a = arrays[f"{name}.gradients"], arrays[f"{name}.inputs"]
-            n, t = len(d), d.shape[1] // (m.groups * m.d_out)
-            inputs = a if factor.is_one_hot else a.reshape(n, t, m.groups, m.d_in)
-            factors[name] = Factor(d.reshape(n, t, m.groups, m.d_out), inputs)
-        return replace(self, factors=factors)
+        split = {}
+        for name, parts in self._kinds().items():
+            if parts:
+                pieces = arrays[name].split([math.prod(part.shape[1:]) for part in parts], dim=1)
+                split[name] = iter(
+                    piece.unflatten(1, part.shape[1:]) for piece, part in zip(pieces, parts, strict=True)
+                )
+        factors = {
+            name: Factor(next(split["gradients"]), next(split["places" if factor.is_one_hot else "inputs"]))
+            for name, factor in self.factors.items()
+        }
+        n = len(next(iter(arrays.values())))
+        formed = arrays["formed"] if self.columns else self.formed.new_zeros(n, 0)
+        return replace(self, factors=factors, formed=formed)
 
-    def dot(self, right: FactoredRows) -> Tensor:
+    def dot(self, right: GradientRows) -> Tensor:
         """See `Rows`."""
-        out = self._zeros(len(self), len(right))
-        for name in self.factors:
-            self._add_dot(name, right, out)
+        if isinstance(right, DenseRows):
+            return right.dot(self).T
+        if self.columns == right.columns:
+            out = self.formed @ right.formed.T
+        else:
+            out = self._zeros(len(self), len(right))
+        for name in self.matrices:
+            if self.columns != right.columns or name in self.factors:
+                self._add_dot(name, right, out)
         return out
 
-    def dot_by_block(self, right: FactoredRows) -> dict[str, Tensor]:
+    def dot_by_block(self, right: GradientRows) -> dict[str, Tensor]:
         """See `Rows`."""
+        if isinstance(right, DenseRows):
+            return {name: part.T for name, part in right.dot_by_block(self).items()}
         blocks = {block: self._zeros(len(self), len(right)) for block in self.sections}
         for name, matrix in self.matrices.items():
             self._add_dot(name, right, blocks[matrix.block])
         return blocks
 
-    def dot_each(self, right: FactoredRows) -> Tensor:
+    def dot_each(self, right: GradientRows) -> Tensor:
         """See `Rows`."""
+        if isinstance(right, DenseRows):
+            return right.dot_each(self)
         out = self._zeros(len(self))
         for name, matrix in self.matrices.items():
-            left, other, weight = self.factors[name], right.factors[name], self._weight(name, right)
-            step = max(1, WORKSPACE // (4 * out.element_size() * matrix.size))
-            if left.positions == other.positions == 1 and not (left.is_formed or other.is_formed or left.is_one_hot):
-                step = len(out)
+            left, other, weight = self.part(name), right.part(name), self._weight(name, right)
+            small = isinstance(left, Factor) and left.positions == 1 and not left.is_one_hot
+            step = len(out) if small else max(1, WORKSPACE // (4 * out.element_size() * matrix.size))
             for part in _parts(len(out), max(1, step)):
                 out[part] += _dot_each(left[part], other[part], matrix, weight)
         return out
 
     def dense(self) -> DenseRows:
         """As vectors of all parameters, ``(n, P)``."""
-        n_columns = max((s.stop for s in self.sections.values()), default=0)
-        values = self._zeros(len(self), n_columns)
+        values = self._zeros(len(self), max((s.stop for s in self.sections.values()), default=0))
         for name, matrix in self.matrices.items():
-            formed = self.factors[name].formed(matrix.d_in)
+            entries = _matrices(self.part(name), matrix)
             if name in self.weights:
-                formed = formed * self.weights[name]
-            matrix.put(values[:, self.sections[matrix.block]], formed)
+                entries = entries * self.weights[name]
+            matrix.put(values[:, self.sections[matrix.block]], entries)
         return DenseRows(values, self.sections)
 
     def by_block(self) -> dict[str, Tensor]:
@@ -317,39 +355,57 @@ class FactoredRows:
             self._add_product(name, vectors[matrix.block], blocks[matrix.block])
         return blocks
 
-    def scaled(self, factors: Mapping[str, float]) -> Self:
+    def scaled(self, by: Mapping[str, float]) -> Self:
         """The matrices of each block times a number."""
-        scaled = {
-            name: Factor(factor.gradients * factors[self.matrices[name].block], factor.inputs)
+        factors = {
+            name: Factor(factor.gradients * by[self.matrices[name].block], factor.inputs)
             for name, factor in self.factors.items()
         }
-        return replace(self, factors=scaled)
+        formed = self.formed.clone()
+        for name, where in self.columns.items():
+            formed[:, where] *= by[self.matrices[name].block]
+        return replace(self, factors=factors, formed=formed)
+
+    def _kinds(self) -> dict[str, list[Tensor]]:
+        factors = self.factors.values()
+        return {
+            "gradients": [factor.gradients for factor in factors],
+            "inputs": [factor.inputs for factor in factors if not factor.is_one_hot],
+            "places": [factor.inputs for factor in factors if factor.is_one_hot],
+        }
 
     def _zeros(self, *shape: int) -> Tensor:
-        return next(iter(self.factors.values())).gradients.new_zeros(*shape)
+        return self.formed.new_zeros(*shape)
+
+    def part(self, name: str, matrix: Matrix | None = None) -> Factor | Tensor:  # noqa: ARG002 - as that of DenseRows
+        """What is there of a matrix: its factor, or matrices ``(n, groups, d_out, d_in)``."""
+        if name in self.factors:
+            return self.factors[name]
+        matrix = self.matrices[name]
+        return self.formed[:, self.columns[name]].unflatten(1, (matrix.groups, matrix.d_out, matrix.d_in))
 
     def _weight(self, name: str, right: FactoredRows) -> Tensor | None:
         return self.weights.get(name, right.weights.get(name))
 
     def _add_dot(self, name: str, right: FactoredRows, out: Tensor) -> None:
-        left, other, matrix = self.factors[name], right.factors[name], self.matrices[name]
+        left, other, matrix = self.part(name), right.part(name), self.matrices[name]
         weight = self._weight(name, right)
-        if left.is_one_hot and other.is_one_hot:
-            _add_one_hot(left, other, matrix, out)
-        elif weight is None and _is_gram_cheaper(left, other, matrix):
-            _add_gram(left, other, out)
-        else:
-            for i, j in _tiles(*out.shape, 4 * out.element_size() * matrix.groups * matrix.d_in):
-                _add_formed(_form(left[i], matrix), _form(other[j], matrix), matrix, weight, out[i, j])
+        if isinstance(left, Factor) and isinstance(other, Factor):
+            if left.is_one_hot:
+                return _add_one_hot(left, other, matrix, out)
+            if weight is None and _is_gram_cheaper(left, other, matrix):
+                return _add_gram(left, other, out)
+        for i, j in _tiles(*out.shape, 4 * out.element_size() * matrix.groups * matrix.d_in):
+            _add_formed(_form(left[i], matrix), _form(other[j], matrix), matrix, weight, out[i, j])
+        return None
 
     def _add_product(self, name: str, vectors: Tensor, out: Tensor) -> None:
-        factor, matrix, weight = self.factors[name], self.matrices[name], self.weights.get(name)
-        if factor.is_one_hot:
-            _add_gathered(matrix.take(vectors)[:, 0], factor, out)
-            return
+        part, matrix, weight = self.part(name), self.matrices[name], self.weights.get(name)
+        if isinstance(part, Factor) and part.is_one_hot:
+            return _add_gathered(matrix.take(vectors)[:, 0], part, out)
         for i, j in _tiles(*out.shape, 4 * out.element_size() * matrix.groups * matrix.d_in):
-            rows = vectors[i]
-            _add_formed(_take(rows, matrix), _form(factor[j], matrix), matrix, weight, out[i, j])
+            _add_formed(_take(vectors[i], matrix), _form(part[j], matrix), matrix, weight, out[i, j])
+        return None
 
 
 #: Rows that gradients can be.
@@ -390,21 +446,21 @@ class CoordinateRows:
         """See `Rows`."""
         result = self.coordinates @ right.coordinates.T
         if self.identity is not None and right.identity is not None:
-            result += self.identity.dot(right.identity)  # type: ignore[arg-type]
+            result += self.identity.dot(right.identity)
         return result
 
     def dot_each(self, right: CoordinateRows) -> Tensor:
         """See `Rows`."""
         result = (self.coordinates * right.coordinates).sum(1)
         if self.identity is not None and right.identity is not None:
-            result += self.identity.dot_each(right.identity)  # type: ignore[arg-type]
+            result += self.identity.dot_each(right.identity)
         return result
 
     def dot_by_block(self, right: CoordinateRows) -> dict[str, Tensor]:
         """See `Rows`."""
         parts = {name: self.coordinates[:, s] @ right.coordinates[:, s].T for name, s in self.sections.items()}
         if self.identity is not None and right.identity is not None:
-            for name, part in self.identity.dot_by_block(right.identity).items():  # type: ignore[arg-type]
+            for name, part in self.identity.dot_by_block(right.identity).items():
                 parts[name] += part
         return parts
 
@@ -413,12 +469,20 @@ class CoordinateRows:
 _Form = Callable[[slice], Tensor]
 
 
-def _form(factor: Factor, matrix: Matrix) -> _Form:
-    return lambda outputs: factor.formed(matrix.d_in, outputs).flatten(1)
+def _form(part: Factor | Tensor, matrix: Matrix) -> _Form:
+    if isinstance(part, Factor):
+        return lambda outputs: part.formed(matrix.d_in, outputs).flatten(1)
+    return lambda outputs: part[:, :, outputs].flatten(1)
 
 
 def _take(rows: Tensor, matrix: Matrix) -> _Form:
     return lambda outputs: matrix.take(rows, outputs).flatten(1)
+
+
+def _length_of(parts: Mapping[str, Factor | Tensor]) -> tuple[int, Tensor]:
+    first = next(iter(parts.values()))
+    like = first.gradients if isinstance(first, Factor) else first
+    return len(like), like
 
 
 def _add_formed(left: _Form, right: _Form, matrix: Matrix, weight: Tensor | None, out: Tensor) -> None:
@@ -432,8 +496,6 @@ def _add_formed(left: _Form, right: _Form, matrix: Matrix, weight: Tensor | None
 
 
 def _is_gram_cheaper(left: Factor, right: Factor, matrix: Matrix) -> bool:
-    if left.is_formed or right.is_formed:
-        return False
     pairs = left.positions * right.positions
     return pairs * (matrix.groups * (matrix.d_out + matrix.d_in) + _ENTRY) < matrix.size
 
@@ -441,8 +503,6 @@ def _is_gram_cheaper(left: Factor, right: Factor, matrix: Matrix) -> bool:
 def _add_gram(left: Factor, right: Factor, out: Tensor) -> None:
     """Add ``sum_ts (d_t . d_s) (a_t . a_s)``, from the inner products of positions."""
     t, s = left.positions, right.positions
-    assert left.inputs is not None
-    assert right.inputs is not None
     for i, j in _tiles(*out.shape, None, 3 * out.element_size() * t * s):
         total = out[i, j]
         for group in range(left.gradients.shape[2]):
@@ -459,8 +519,6 @@ def _add_gram(left: Factor, right: Factor, out: Tensor) -> None:
 def _add_one_hot(left: Factor, right: Factor, matrix: Matrix, out: Tensor) -> None:
     """Add ``sum_ts [i_t = j_s] d_t . d_s``: from pairs of positions, or one range of places after the other."""
     t, s = left.positions, right.positions
-    assert left.inputs is not None
-    assert right.inputs is not None
     if t * s <= matrix.d_in:
         for i, j in _tiles(*out.shape, None, 4 * out.element_size() * t * s):
             d, e = left.gradients[i, :, 0], right.gradients[j, :, 0]
@@ -477,7 +535,6 @@ def _add_one_hot(left: Factor, right: Factor, matrix: Matrix, out: Tensor) -> No
 def _at_places(factor: Factor, places: slice) -> Tensor:
     """Columns of the matrices of a one-hot factor: ``(n, k d_out)``."""
     d, index = factor.gradients[:, :, 0], factor.inputs
-    assert index is not None
     here = (index >= places.start) & (index < places.stop)
     index = torch.where(here, index - places.start, 0)
     columns = d.new_zeros(len(d), places.stop - places.start, d.shape[2])
@@ -487,7 +544,6 @@ def _at_places(factor: Factor, places: slice) -> Tensor:
 def _add_gathered(matrices: Tensor, factor: Factor, out: Tensor) -> None:
     """Add the products of matrices ``(k, d_out, d_in)`` and a one-hot factor, reading only the columns at its places."""
     t = factor.positions
-    assert factor.inputs is not None
     columns = matrices.mT  # of an embedding, contiguous
     for i, j in _tiles(*out.shape, None, 2 * out.element_size() * t * matrices.shape[1]):
         d, index = factor.gradients[j, :, 0], factor.inputs[j].flatten()
@@ -496,22 +552,25 @@ def _add_gathered(matrices: Tensor, factor: Factor, out: Tensor) -> None:
         out[i, j] += products.reshape(len(gathered), len(d), t).sum(2)
 
 
-def _dot_each(left: Factor, right: Factor, matrix: Matrix, weight: Tensor | None) -> Tensor:
-    if left.is_one_hot and right.is_one_hot:
-        assert left.inputs is not None
-        assert right.inputs is not None
-        same = left.inputs[:, :, None] == right.inputs[:, None, :]
-        products: Tensor = (left.gradients[:, :, 0] @ right.gradients[:, :, 0].mT * same).sum((1, 2))
-        return products
-    if left.positions == right.positions == 1 and left.inputs is not None and right.inputs is not None:
-        d, a = left.gradients[:, 0] * right.gradients[:, 0], left.inputs[:, 0] * right.inputs[:, 0]
-        if weight is None:
-            return (d.sum(2) * a.sum(2)).sum(1)
-        return torch.einsum("ngi,ngi->n", torch.einsum("ngo,goi->ngi", d, weight), a)
-    product = left.formed(matrix.d_in) * right.formed(matrix.d_in)
+def _dot_each(left: Factor | Tensor, right: Factor | Tensor, matrix: Matrix, weight: Tensor | None) -> Tensor:
+    if isinstance(left, Factor) and isinstance(right, Factor):
+        if left.is_one_hot:
+            same = left.inputs[:, :, None] == right.inputs[:, None, :]
+            products: Tensor = (left.gradients[:, :, 0] @ right.gradients[:, :, 0].mT * same).sum((1, 2))
+            return products
+        if left.positions == right.positions == 1:
+            d, a = left.gradients[:, 0] * right.gradients[:, 0], left.inputs[:, 0] * right.inputs[:, 0]
+            if weight is None:
+                return (d.sum(2) * a.sum(2)).sum(1)
+            return torch.einsum("ngi,ngi->n", torch.einsum("ngo,goi->ngi", d, weight), a)
+    product = _matrices(left, matrix) * _matrices(right, matrix)
     if weight is not None:
         product = product * weight
     return product.sum((1, 2, 3))
+
+
+def _matrices(part: Factor | Tensor, matrix: Matrix) -> Tensor:
+    return part.formed(matrix.d_in) if isinstance(part, Factor) else part
 
 
 def _tiles(n: int, m: int, per_sample: int | None, per_pair: int = 0) -> Iterator[tuple[slice, slice]]:
