@@ -39,7 +39,7 @@ OPTIONS = {
 def expected_factors(case, method, rows):
     if method == "ekfac":
         model = EkfacInfluence(case.model, True, LAMBDA, fisher="exact").fit(case.train)
-        return model.inverse.left(model.as_rows(torch.from_numpy(rows))).values.numpy()
+        return model.dense(model.inverse.left(model.as_rows(torch.from_numpy(rows)))).values.numpy()
     if method == "harmonic":
         return rows @ reference.harmonic(case.model, case.loss, *case.train, LAMBDA)
     matrix = reference.gauss_newton(case.model, case.loss, *case.train)

@@ -121,7 +121,7 @@ def test_sampled_labels_estimate_the_exact_expectation():
     trace = {}
     for fisher in ("sampled", "exact", "empirical"):
         values = EkfacInfluence(model, True, 1.0, fisher=fisher).fit((x, y)).inverse.eigenvalues
-        trace[fisher] = values["2"].sum().item()
+        trace[fisher] = values["2.weight"].sum().item()
     assert trace["sampled"] == pytest.approx(trace["exact"], rel=0.02)
     assert abs(trace["empirical"] / trace["exact"] - 1) > 0.1
 
@@ -218,28 +218,25 @@ def test_perturbation_equals_the_dense_reference():
 def test_other_losses_with_the_labels_of_the_data():
     case = make_case("mlp_regression")
     influence = EkfacInfluence(case.model, True, LAMBDA, loss=case.loss, fisher="empirical").fit(case.train)
-    basis = influence.inverse.vectors["0"]
-    gradients = torch.from_numpy(reference.gradients(case.model, case.loss, *case.train, ["0.weight", "0.bias"]))
-    layer = influence.inverse.layers["0"]
-    expected = (basis[0].T @ layer.to_matrix(gradients) @ basis[1]).square().mean(0)
-    assert torch.allclose(influence.inverse.eigenvalues["0"], expected)
+    (q_out,), (q_in,) = influence.inverse.vectors["0.weight"]
+    weight, bias = (
+        torch.from_numpy(reference.gradients(case.model, case.loss, *case.train, [f"0.{name}"]))
+        for name in ("weight", "bias")
+    )
+    matrices = torch.cat([weight.reshape(24, 5, 4), bias[:, :, None]], dim=2)
+    expected = (q_out.T @ matrices @ q_in).square().mean(0)
+    assert torch.allclose(influence.inverse.eigenvalues["0.weight"][0], expected)
 
 
 # Bad input
 
 
 def test_an_unsupported_layer_is_named():
-    case = make_case("cnn")
-    with pytest.raises(UnsupportedLayerError, match=r"layer '0' \(Conv2d\) is not a linear layer.*freeze"):
-        EkfacInfluence(case.model, True, LAMBDA).fit(case.train)
-    case.model[0].requires_grad_(False)
-    EkfacInfluence(case.model, True, LAMBDA).fit(case.train)
-
-
-def test_shared_weights_are_refused():
-    case = make_case("tied")
-    with pytest.raises(UnsupportedLayerError, match=r"'second'.*shares its weight with layer 'first'"):
-        EkfacInfluence(case.model, True, LAMBDA).fit(case.train)
+    model = nn.Sequential(nn.Bilinear(4, 4, 3)).double()
+    model.forward = lambda x: model[0](x, x)
+    train = make_case("logistic").train
+    with pytest.raises(UnsupportedLayerError, match=r"parameter '0\.weight' is none of.*given to bilinear.*freeze"):
+        EkfacInfluence(model, True, LAMBDA).fit(train)
 
 
 class Twice(nn.Module):
@@ -251,28 +248,15 @@ class Twice(nn.Module):
         return self.head(self.layer(torch.tanh(self.layer(x))))
 
 
-class Around(Twice):
-    def forward(self, x):
-        return self.head(F.linear(x, self.layer.weight, self.layer.bias))
-
-
 class Beside(Twice):
     def forward(self, x):
         return self.head(self.layer(x)) + self.layer.weight.square().sum()
 
 
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (Twice, "layer 'layer' is called more than once"),
-        (Around, "layer 'layer' is never called"),
-        (Beside, "layer 'layer': its parameters' gradients are not those of a linear layer"),
-    ],
-)
-def test_parameters_used_in_other_ways_are_refused(model, message):
+def test_parameters_used_in_other_ways_are_refused():
     train = make_case("mlp").train
-    with pytest.raises(UnsupportedLayerError, match=message):
-        EkfacInfluence(model().double(), True, LAMBDA, loss=_picky, fisher="empirical").fit(train)
+    with pytest.raises(UnsupportedLayerError, match=r"'layer\.weight' is none of .* given to square"):
+        EkfacInfluence(Beside().double(), True, LAMBDA, loss=_picky, fisher="empirical").fit(train)
 
 
 def _picky(output, y):

@@ -32,7 +32,7 @@ from distributed import Client
 
 from outfluence import fitting, tasks
 from outfluence.analysis import open_influences
-from outfluence.data import Data, DataLike, to_numpy
+from outfluence.data import Batch, Data, DataLike, to_numpy, tree_map
 from outfluence.errors import (
     ClusterError,
     ConvergenceWarning,
@@ -59,6 +59,7 @@ from outfluence.influence import InfluenceModel
 from outfluence.modes import InfluenceMode
 from outfluence.plan import Plan, Stage, make_plan, parse_bytes
 from outfluence.progress import Bars, ProgressCallback, Tracker, as_callback
+from outfluence.rows import Rows
 from outfluence.store import ArraySpec, Store
 from outfluence.tasks import (
     CANDIDATES,
@@ -75,6 +76,7 @@ from outfluence.tasks import (
     check_task,
     length,
     major_versions,
+    numpy_name,
     read_all_factors,
     remote_task,
     resident_bytes,
@@ -95,7 +97,14 @@ _ROWS = {
         "coordinates of gradients in the basis of the method",
         "coordinate",
     ),
-    "identity": ("the identity's part of influence factors", "gradients, for the identity's part", "parameter"),
+    "formed": (
+        "entries of the layers' matrices, the inverse multiplied in where it is diagonal",
+        "entries of the layers' matrices",
+        "entry",
+    ),
+    "output_gradients": ("output gradients, layer after layer and position after position",) * 2 + ("output",),
+    "inputs": ("inputs, layer after layer and position after position",) * 2 + ("input",),
+    "places": ("indices of embeddings, position after position",) * 2 + ("place",),
 }
 
 
@@ -154,6 +163,7 @@ class InfluenceCalculator(ABC):
             store.require(identity)
             if not store.is_complete:
                 unfitted = model.unfitted()
+                unfitted.look_at(data)  # before workers get it
                 job = Job(unfitted, train=data, store=store.path, store_id=store.id)
                 callback = as_callback(progress)
                 with _resumable(store), self._executor() as executor, _workplace(job, executor, store, callback) as do:
@@ -318,6 +328,7 @@ class InfluenceCalculator(ABC):
             if data is not None:
                 self.model.check(data, whose)
         limit = parse_bytes(memory_limit) if memory_limit is not None else self._default_limit()
+        job = replace(job, test_sample=_sample(job.test), train_sample=_sample(job.train))
         plan = make_plan(job.work(), limit, test_chunk=test_chunk, train_chunk=train_chunk)
         asked = {"test_chunk": test_chunk, "train_chunk": train_chunk}
         return LazyInfluences(
@@ -773,13 +784,21 @@ def _specs(job: Job, plan: Plan) -> list[ArraySpec]:
         shape, chunks, dims = zip(*axes, strict=True)
         specs.append(ArraySpec(path, shape, chunks, dtype, dims, {"long_name": about}))
 
-    for name, columns in work.arrays.items():
-        left, right, columns_are = _ROWS[name]
-        parts = (columns, max(1, min(columns, _COLUMNS)), columns_are)
-        if work.n_test:
-            add(f"{FACTORS}/{name}", left, tests, parts)
-        if wanted.gradients:
-            add(f"{GRADIENTS}/{name}", right, trains, parts)
+    def add_rows(path: str, rows: Rows, samples: tuple[int, int, str], which: int) -> None:
+        for name, array in rows.arrays.items():
+            of_identity, _, kind = name.rpartition(".")
+            columns, about, axis = array.shape[1], _ROWS[kind][which], _ROWS[kind][2]
+            if axis not in ("parameter", "coordinate"):  # of which there may be others of training than of test samples
+                axis = f"{samples[2]}_{of_identity}{axis}"
+            if of_identity:
+                about = f"for the part that a multiple of the identity adds: {about}"
+            chunk = max(1, min(columns, _COLUMNS))
+            add(f"{path}/{name}", about, samples, (columns, chunk, axis), dtype=numpy_name(array.dtype))
+
+    if work.n_test:
+        add_rows(FACTORS, job.left_rows(), tests, 0)
+    if wanted.gradients:
+        add_rows(GRADIENTS, job.right_rows(), trains, 1)
     if work.matrix:
         add(SCORES, "influence of a training sample on a test sample; positive: it helps", tests, trains, *features)
     if work.groups:
@@ -805,7 +824,7 @@ def _coordinates(job: Job, plan: Plan) -> dict[str, np.ndarray]:
 
 def _basis(model: InfluenceModel) -> str | None:
     """What the coordinates of this very fit refer to; None if its rows are no coordinates."""
-    if "values" in model.empty_rows().arrays:
+    if not model.inverse.in_basis:
         return None
     return fingerprint({name: tensor.cpu() for name, tensor in model.inverse.tensors.items()})
 
@@ -848,18 +867,21 @@ def _gradient_data(store: Store, job: Job) -> Data:
     made_by, model = store.about["identity"], job.model
     now = model.identity()
     differing = [key for key in ("model", "weights", "loss", "blocks") if made_by.get(key) != now[key]]
-    wanted = list(job.left_rows().arrays)
+    rows = job.right_rows().arrays
+    wanted = list(rows)
     found = list(store.group[GRADIENTS].array_keys())  # type: ignore[union-attr]
     if sorted(found) != sorted(wanted):
         raise DataError(
             f"{store.path} keeps {', '.join(sorted(found))} of gradients, {type(model).__name__} needs "
             f"{', '.join(sorted(wanted))}: keep gradients with the same method"
         )
-    if wanted != ["values"] and store.about.get("basis") != _basis(model):
+    arrays = {name: store.group[f"{GRADIENTS}/{name}"] for name in wanted}
+    if any(array.shape[1] != rows[name].shape[1] for name, array in arrays.items()):  # type: ignore[union-attr]
+        raise DataError(f"{store.path} keeps gradients of samples of another size than the test samples'")
+    if model.inverse.in_basis and store.about.get("basis") != _basis(model):
         differing.append("basis (another fit or rank)")
     if differing:
         raise DataError(f"{store.path} keeps gradients of something else; these differ: {', '.join(differing)}")
-    arrays = {name: store.group[f"{GRADIENTS}/{name}"] for name in wanted}
     content = fingerprint([made_by["train_data"], store.about["basis"], *(made_by[key] for key in ("weights", "loss"))])
     return Data.from_arrays(arrays if wanted != ["values"] else arrays["values"], fingerprint=content)
 
@@ -898,7 +920,7 @@ def _wanted(
 
 def _factor_data(factors: Any, model: InfluenceModel) -> Data:
     """Factors as data whose x is the values, or a dict of the arrays of another kind of rows."""
-    wanted = model.empty_rows().arrays
+    wanted = model.empty_left().arrays
     if isinstance(factors, xr.Dataset):
         names = {f"factor_{name}": name for name in wanted}
         if "factors" in factors:
@@ -922,6 +944,11 @@ def _factor_data(factors: Any, model: InfluenceModel) -> Data:
             f"{', '.join(map(str, x.shape[1:]))})"
         )
     return data
+
+
+def _sample(data: Data | None) -> Batch | None:
+    """The first sample, and nothing else: a slice would pickle what it was cut from."""
+    return None if data is None else Batch(*(tree_map(torch.clone, part) for part in data.rows(slice(0, 1))))
 
 
 def _text(samples: slice) -> str:

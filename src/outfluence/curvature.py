@@ -17,7 +17,6 @@ from torch.utils import _pytree
 
 from outfluence.data import BATCH_SIZE, Batch, Data, Tree, tree_leaves, tree_map
 from outfluence.errors import NonFiniteError
-from outfluence.layers import sum_of_losses
 from outfluence.likelihood import Likelihood, find_likelihood, the_tensor, uniform_draws
 from outfluence.modes import SecondOrderMode
 from outfluence.problem import Problem
@@ -172,10 +171,10 @@ class ProductSum:
     rows: Tensor
 
     @property
-    def copies(self) -> tuple[int, int]:
-        """Of the activations of a sample, and of its gradient."""
+    def copies(self) -> tuple[int, int, int]:
+        """Of the activations of a sample, of its gradient, and of its factors."""
         outer = self.matrix.mode in (SecondOrderMode.FISHER, SecondOrderMode.EMPIRICAL_FISHER)
-        return (4, 3) if outer else (4 * max(1, min(len(self.rows), VECTORS)), 0)
+        return (4, 3, 0) if outer else (4 * max(1, min(len(self.rows), VECTORS)), 0, 0)
 
     def __call__(self, batch: Batch, start: int) -> dict[str, Tensor]:
         """See `Statistic`."""
@@ -223,7 +222,7 @@ def _gauss_newton(problem: Problem, names: tuple[str, ...], batch: Batch) -> Pro
         return problem.output(parameters | block, batch.x)
 
     def loss(z: Any) -> Tensor:
-        return sum_of_losses(problem, z, batch.y)
+        return problem.sum_of_losses(z, batch.y)
 
     z, pull = vjp(output, {name: parameters[name] for name in names})[:2]
     # J v by transposing u -> J^T u, which needs no forward-mode derivative of the model.

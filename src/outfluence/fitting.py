@@ -26,6 +26,7 @@ from outfluence.executors import Executor
 from outfluence.fingerprint import fingerprint
 from outfluence.plan import MIB, RUNTIME_BYTES, Stage
 from outfluence.progress import ProgressCallback, Tracker
+from outfluence.rows import WORKSPACE
 from outfluence.store import Store
 from outfluence.tasks import Job, Record, length
 
@@ -146,11 +147,12 @@ class Summed(Data):
         sums = statistic(sample, 0)
         sum_bytes = sum(tensor.nbytes for tensor in sums.values())
         sample_bytes = sum(leaf.nbytes for leaf in tree_leaves(sample.x) + tree_leaves(sample.y))
-        activations, gradients = getattr(statistic, "copies", (4, 3))
+        activations, gradients, factors = getattr(statistic, "copies", (4, 3, 3))
         per_sample = activations * problem.activation_bytes(sample) + 4 * sample_bytes
         per_sample += gradients * problem.n_parameters * torch.finfo(problem.dtype).bits // 8
-        fixed = RUNTIME_BYTES + sum(t.nbytes for t in problem.model.state_dict().values())
-        fixed += _SUM_COPIES * sum_bytes + _INPUT_COPIES * input_bytes + 3 * self.source_rows * sample_bytes
+        per_sample += factors * problem.factor_bytes(sample)
+        fixed = RUNTIME_BYTES + (WORKSPACE if factors else 0) + _SUM_COPIES * sum_bytes + _INPUT_COPIES * input_bytes
+        fixed += sum(t.nbytes for t in problem.model.state_dict().values()) + 3 * self.source_rows * sample_bytes
         batch = min(self.batch_size or BATCH_SIZE, n)
         while fixed + batch * per_sample > self._limit:
             if batch == 1:

@@ -87,7 +87,7 @@ class TorchTwiceDifferentiable(Problem):
 
     def grad(self, x: Tree, y: Tree) -> Tensor:
         """The gradient of the mean loss, ``(P,)``."""
-        return self.gradients(x, y).values.mean(0)
+        return self.gradients(x, y).dense().values.mean(0)
 
     def hessian(self, x: Tree, y: Tree) -> Tensor:
         """The Hessian of the mean loss, ``(P, P)``."""
@@ -292,7 +292,7 @@ def _solve(model: InfluenceModel, rows: Tensor) -> InverseHvpResult:
 
 def _gradients(model: InfluenceModel, data: Data, whose: str, progress: bool) -> DenseRows:
     parts = [
-        model.gradient_rows(batch.x, batch.y, whose, start).values
+        model.gradient_rows(batch.x, batch.y, whose, start).dense().values
         for start, batch in _batches(data, f"{whose} gradients", progress)
     ]
     return DenseRows(torch.cat(parts), model.problem.sections)

@@ -25,7 +25,7 @@ from outfluence.errors import DataError, NotFittedError, OutfluenceError, Proble
 from outfluence.modes import BlockMode, FisherMode, InfluenceMode, SecondOrderMode
 from outfluence.preconditioners import Preconditioner
 from outfluence.problem import Loss, Problem
-from outfluence.rows import DenseRows, Rows, check_finite
+from outfluence.rows import DenseRows, GradientRows, Rows, check_finite
 from outfluence.solvers import Inverse, Regularization, Solver, per_block
 from outfluence.solvers.direct import DirectSolver
 from outfluence.solvers.harmonic import HarmonicSolver
@@ -52,6 +52,7 @@ class InfluenceModel:
         self.problem = problem
         self.solver = solver
         self._inverse: Inverse | None = None
+        self._empty: GradientRows | None = None
         self._regularization: dict[str, float] = {}
         self._fitted_on: dict[str, Any] = {}
         self._versions: list[tuple[int, int]] = []
@@ -72,7 +73,7 @@ class InfluenceModel:
             SingularMatrixError: if the regularized matrix has no inverse.
         """
         data = Data.of(data)
-        self.problem.check(_first(data), "training")
+        self.look_at(data)
         try:
             with torch.enable_grad():  # also where the user has switched gradients off
                 self._inverse = self.solver.fit(self.problem, data)
@@ -84,10 +85,19 @@ class InfluenceModel:
             ) from error
         return self._fitted(data)
 
+    def look_at(self, data: Data) -> None:
+        """Find out on its first samples how the gradients are computed; see `Problem.structured`.
+
+        Raises:
+            ProblemError: see `Problem.check`.
+        """
+        self.problem = self.problem.check(_first(data), "training")
+
     def _fitted(self, data: Data) -> Self:
         self._regularization = per_block(self.solver.regularization, self.problem)
         self._fitted_on = {"fit_data": data.fingerprint, **self.problem.fingerprint()}
         self._versions = self._parameter_versions()
+        self._empty = self.empty_gradients(data.rows(slice(0, 1)))
         return self
 
     def unfitted(self) -> Self:
@@ -103,6 +113,7 @@ class InfluenceModel:
             ProblemError: if the tensors are not those of a fit of this method and problem.
         """
         data = Data.of(data)
+        self.problem = self.problem.structured(_first(data))
         device = self.problem.device
         try:
             moved = {name: tensor.to(device) for name, tensor in tensors.items()}
@@ -245,8 +256,8 @@ class InfluenceModel:
 
     # What calculators use: rows instead of numbers, and indices for messages.
 
-    def gradient_rows(self, x: Tree, y: Tree, samples: str = "training", start: int = 0) -> DenseRows:
-        """Gradients of samples.
+    def gradient_rows(self, x: Tree, y: Tree, samples: str = "training", start: int = 0) -> GradientRows:
+        """Gradients of samples, factored where that is known how and smaller.
 
         Args:
             x: inputs.
@@ -259,7 +270,8 @@ class InfluenceModel:
         """
         self._check_unchanged()
         rows = self.problem.gradients(*_tensors((x, y)))
-        check_finite(rows.values, "gradients", samples, start)
+        for array in rows.arrays.values():
+            check_finite(array, "gradients", samples, start)
         return rows
 
     def left_rows(self, x: Tree, y: Tree, samples: str = "test", start: int = 0) -> Rows:
@@ -270,14 +282,14 @@ class InfluenceModel:
         """
         return self.encode(self.gradient_rows(x, y, samples, start), samples, start)
 
-    def encode(self, gradients: DenseRows, samples: str = "test", start: int = 0) -> Rows:
+    def encode(self, gradients: GradientRows, samples: str = "test", start: int = 0) -> Rows:
         """Left rows of samples, from their gradients; see `gradient_rows`."""
         rows: Rows = self.inverse.left(gradients)
         for array in rows.arrays.values():
             check_finite(array, "influence factors", samples, start)
         return rows
 
-    def right_rows(self, gradients: DenseRows, left: Rows | None = None) -> Rows:
+    def right_rows(self, gradients: GradientRows, left: Rows | None = None) -> Rows:
         """Right rows of samples, from their gradients: for left rows of `left_rows`, or for those of `as_rows`."""
         rows: Rows = gradients if isinstance(left, DenseRows) else self.inverse.right(gradients)
         return rows
@@ -290,10 +302,21 @@ class InfluenceModel:
         """Scores in perturbation mode, ``(n_left, n, *features)``."""
         return self.problem.mixed_derivatives(self.dense(left).values, *_tensors((x, y)))
 
-    def empty_rows(self, dense: bool = False) -> Rows:
-        """Left rows of no samples: what arrays there are, of which shapes; as influence factors if ``dense``."""
-        none = self.as_rows(torch.zeros(0, self.n_parameters))
-        rows: Rows = none if dense else self.inverse.left(none)
+    def empty_gradients(self, like: Batch | None = None) -> GradientRows:
+        """Gradients of no samples: what arrays they consist of, of which shapes.
+
+        Args:
+            like: a sample; None: the first of the data of the fit.
+        """
+        if like is None:
+            assert self._empty is not None
+            return self._empty
+        gradients = self.gradient_rows(*like)
+        return gradients.with_arrays({name: array[:0].clone() for name, array in gradients.arrays.items()})
+
+    def empty_left(self, like: Batch | None = None) -> Rows:
+        """Left rows of no samples; see `empty_gradients`."""
+        rows: Rows = self.inverse.left(self.empty_gradients(like))
         return rows
 
     def as_rows(self, factors: Tensor) -> DenseRows:

@@ -30,8 +30,8 @@ class Use:
 
     Attributes:
         parameter: its name.
-        kind: "matrix" (multiplies the last axis of the inputs), "conv", "one_hot" (an embedding) or "vector" (multiplies
-            or is added entry by entry).
+        kind: "matrix" (multiplies the last axis of the inputs), "conv", "one_hot" (an embedding) or "vector"
+            (multiplies or is added entry by entry).
         output: which of the recorded outputs.
         bias: name of the vector that the same function adds to the output, if it has an entry for each.
         transposed: whether the parameter is kept as ``(d_in, d_out)``.
@@ -87,7 +87,8 @@ class Structure:
     """How the gradients of a model's parameters are computed.
 
     Attributes:
-        axes: for each recorded output in order its axis of samples, None if it is the same for all samples; or "unused".
+        axes: for each recorded output in order its axis of samples, None if it is the same for all samples, or
+            "unused".
         signature: of the uses, in order.
         units: what is factored, by name of the parameter.
         dense: the other parameters, and why.
@@ -183,9 +184,8 @@ class Recorder(TorchFunctionMode):
         elif inputs[0] is inputs[1] is inputs[2]:
             projected = list(self._project(inputs[0], weight, bias, None).chunk(3, dim=-1))
         else:
-            projected = [
-                self._project(x, weight, bias, slice(i * width, (i + 1) * width)) for i, x in enumerate(inputs)
-            ]
+            parts = [slice(i * width, (i + 1) * width) for i in range(3)]
+            projected = [self._project(x, weight, bias, part) for x, part in zip(inputs, parts, strict=True)]
         same = torch.eye(width, dtype=projected[0].dtype, device=projected[0].device)
         kept = given | dict(zip(("query", "key", "value"), projected, strict=True))
         kept |= {"in_proj_weight": None, "in_proj_bias": None, "use_separate_proj_weight": True}
@@ -193,7 +193,9 @@ class Recorder(TorchFunctionMode):
         output, attention = F.multi_head_attention_forward(**kept)
         return self._project(output, given["out_proj_weight"], given["out_proj_bias"], None), attention
 
-    def _project(self, x: Tensor, weight: Tensor, bias: Tensor | None, part: slice | None, whole: bool = False) -> Tensor:
+    def _project(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, part: slice | None, whole: bool = False
+    ) -> Tensor:
         """A linear function of a part of the outputs of a weight (or all: ``whole``) and of a bias."""
         chosen = slice(None) if part is None else part
         uses = _linear(self._name, x, weight, bias)
@@ -225,14 +227,13 @@ class Recording:
         Args:
             loss: a function of `output`, summed over samples.
         """
-        places = [i for i, output in enumerate(self._recorder.outputs) if output is not None]
-        if not places:
+        kept = {i: output for i, output in enumerate(self._recorder.outputs) if output is not None}
+        if not kept:
             return {}
-        outputs = [self._recorder.outputs[i] for i in places]
         gradients = torch.autograd.grad(
-            loss, outputs, retain_graph=True, materialize_grads=True, allow_unused=True  # type: ignore[arg-type]
+            loss, list(kept.values()), retain_graph=True, materialize_grads=True, allow_unused=True
         )
-        by_output = {i: gradient.detach() for i, gradient in zip(places, gradients, strict=True)}
+        by_output = {i: gradient.detach() for i, gradient in zip(kept, gradients, strict=True)}
         return {name: self._factor(unit, by_output) for name, unit in self.structure.units.items()}
 
     def _factor(self, unit: Unit, gradients: Mapping[int, Tensor]) -> Factor:
@@ -572,7 +573,7 @@ def _patches(x: Tensor, kernel: tuple[int, ...], stride: Any, padding: Any, dila
     x = F.pad(x, [p for pair in reversed(sides) for p in pair])
     for i in range(n_dims):
         x = x.unfold(2 + i, reach[i] + 1, stride[i])[..., :: dilation[i]]
-    x = x.unflatten(1, (groups, -1))  # (n, groups, channels, *outputs, *kernel)
+    x = x.reshape(len(x), groups, -1, *x.shape[2:])  # (n, groups, channels, *outputs, *kernel)
     order = [0, *range(3, 3 + n_dims), 1, 2, *range(3 + n_dims, 3 + 2 * n_dims)]
     return x.permute(order).reshape(len(x), -1, groups, x.shape[2] * math.prod(kernel))
 
@@ -653,7 +654,11 @@ def _instance_norm(
     fixed = x.detach()
     of_input = (None, None) if use_input_stats else (mean, var)
     return _norm(
-        name, weight, bias, (1,), lambda: F.instance_norm(fixed, *of_input, None, None, use_input_stats, 0.0, eps)
+        name,
+        weight,
+        bias,
+        (1,),
+        lambda: F.instance_norm(fixed, of_input[0], of_input[1], None, None, use_input_stats, 0.0, eps),
     )
 
 

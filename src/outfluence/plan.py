@@ -25,6 +25,8 @@ MIB = 1 << 20
 RUNTIME_BYTES = 160 * MIB
 #: Copies of a batch's gradients while they are made, checked and laid out; and while an inverse is applied to them.
 _GRADIENT_COPIES, _INVERSE_COPIES = 3, 4
+#: Copies of the inputs and output gradients of layers while gradients are made of them.
+_FACTOR_COPIES = 3
 #: Vectors that an iteration keeps for each right-hand side: solution, residual, directions, their images, and copies.
 _SOLVE_COPIES = 14
 #: Activations of a batch, forward and backward, as multiples of what one sample keeps for its backward pass.
@@ -54,9 +56,13 @@ class Work:
     Attributes:
         n_test: test samples; 0 if only self-influences are wanted.
         n_train: training samples; 0 if only factors are wanted.
-        arrays: what a row is stored as: the width of each array, by name.
+        arrays: what a left row is stored as: the width of each array, by name.
         itemsize: bytes of one number.
-        n_parameters: numbers of one gradient.
+        n_parameters: numbers of an influence factor, or of a dense gradient.
+        right_numbers: numbers of a right row; 0: as many as of a left row.
+        gradient_numbers: numbers of a gradient as it is computed; 0: as many as there are parameters.
+        factor_bytes: of the inputs and output gradients of the layers for one sample, where gradients are made of them.
+        workspace_bytes: what is formed at a time while rows are multiplied.
         features: shape of a training sample's features in perturbation mode, else empty.
         directions: in perturbation mode how many factors are differentiated at once; else 0.
         self_influences: whether the influence of each training sample on itself is wanted.
@@ -86,6 +92,10 @@ class Work:
     arrays: Mapping[str, int]
     itemsize: int
     n_parameters: int
+    right_numbers: int = 0
+    gradient_numbers: int = 0
+    factor_bytes: int = 0
+    workspace_bytes: int = 0
     features: tuple[int, ...] = ()
     directions: int = 0
     self_influences: bool = False
@@ -111,12 +121,22 @@ class Work:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one stored row."""
+        """Bytes of one left row."""
         return sum(self.arrays.values()) * self.itemsize
 
     @property
+    def right_bytes(self) -> int:
+        """Bytes of one right row."""
+        return self.right_numbers * self.itemsize or self.row_bytes
+
+    @property
     def gradient_bytes(self) -> int:
-        """Bytes of one gradient."""
+        """Bytes of one gradient, as it is computed."""
+        return self.gradient_numbers * self.itemsize or self.dense_bytes
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of one influence factor, or of a gradient that is not factored."""
         return self.n_parameters * self.itemsize
 
     @property
@@ -138,7 +158,7 @@ class Work:
             "strongest scores": self.n_test * self.strongest_bytes,
             "means of groups": self.groups * self.n_train * self.score_bytes,
             "self-influences": self.n_train * self.itemsize if self.self_influences else 0,
-            "gradients": self.n_train * self.row_bytes if self.keeps_gradients else 0,
+            "gradients": self.n_train * self.right_bytes if self.keeps_gradients else 0,
         }
         return {name: size for name, size in sizes.items() if size}
 
@@ -177,7 +197,8 @@ class Costs:
         gradient_flops: of the rows of one training sample.
         gradient_seconds: and the time.
         self_seconds: time of one self-influence.
-        flops_per_second: of dot products of rows.
+        dot_flops: of the dot product of one left and one right row.
+        dot_seconds: and the time.
         bytes_per_second: written to a file system, and synced.
         n_workers: processes that share the work.
     """
@@ -187,7 +208,8 @@ class Costs:
     gradient_flops: int
     gradient_seconds: float
     self_seconds: float
-    flops_per_second: float
+    dot_flops: int
+    dot_seconds: float
     bytes_per_second: float
     n_workers: int = 1
 
@@ -266,7 +288,10 @@ class Plan:
         """Projected peak of a task, in bytes above the import baseline, by part."""
         work = self.work
         per_sample = _GRADIENT_COPIES * work.gradient_bytes + ACTIVATION_COPIES * work.activation_bytes
+        per_sample += _FACTOR_COPIES * work.factor_bytes
         parts = {"runtime": RUNTIME_BYTES, "model and inverse": work.model_bytes}
+        if work.workspace_bytes:
+            parts["workspace"] = work.workspace_bytes
         if stage == "factors":
             return parts | {
                 "batch": self.batch_size * per_sample,
@@ -297,30 +322,31 @@ class Plan:
         if work.directions:
             derivatives = ACTIVATION_COPIES * work.activation_bytes + 3 * work.score_bytes
             batch = self.batch_size * min(self.test_chunk, work.directions) * derivatives
-            batch += work.directions * work.gradient_bytes
-            if work.row_bytes != work.gradient_bytes:  # as influence factors
-                results["factors"] += 2 * self.test_chunk * work.gradient_bytes
+            batch += work.directions * work.dense_bytes
+            if work.row_bytes != work.dense_bytes:  # as influence factors
+                results["factors"] += 2 * self.test_chunk * work.dense_bytes
             return parts | {"batch": max(batch, self.batch_size * per_sample + selves if selves else 0)} | results
         keeps_rows = work.n_test or work.keeps_gradients
         if work.reads_gradients:
             batch = 0
         else:
-            rows = 0 if work.row_bytes == work.gradient_bytes else 2 * self.batch_size * work.row_bytes
+            rows = 0 if work.right_bytes == work.dense_bytes else 2 * self.batch_size * work.right_bytes
             batch = self.batch_size * per_sample + rows + selves
         copies = (
             3 if work.keeps_gradients or work.reads_gradients else 1
         )  # written or decoded, and read back or laid out
-        gradients = {"gradients of a chunk": copies * self.train_chunk * work.row_bytes if keeps_rows else 0}
+        gradients = {"gradients of a chunk": copies * self.train_chunk * work.right_bytes if keeps_rows else 0}
         return {part: size for part, size in (parts | {"batch": batch} | gradients | results).items() if size}
 
     def _inverse_bytes(self, n: int) -> int:
         """What applying the inverse to n gradients takes."""
         work = self.work
         if not work.solves:
-            return _INVERSE_COPIES * n * work.gradient_bytes
+            is_dense = work.row_bytes == work.dense_bytes
+            return _INVERSE_COPIES * n * (work.dense_bytes if is_dense else max(work.row_bytes, work.gradient_bytes))
         products = self.batch_size * work.vectors * ACTIVATION_COPIES * work.activation_bytes
-        pass_ = max(products, self.batch_size * _GRADIENT_COPIES * work.gradient_bytes)
-        return _SOLVE_COPIES * n * work.gradient_bytes + pass_ + work.kept_bytes + 3 * work.fit_bytes
+        pass_ = max(products, self.batch_size * _GRADIENT_COPIES * work.dense_bytes)
+        return _SOLVE_COPIES * n * work.dense_bytes + pass_ + work.kept_bytes + 3 * work.fit_bytes
 
     @property
     def peak(self) -> int:
@@ -351,14 +377,15 @@ class Plan:
         """Factors, once for each chunk of training samples or each worker that holds them; gradients; candidates."""
         work = self.work
         often = min(self.n_chunks, 1) if self.holds_factors else self.n_chunks
-        gradients = work.n_train * work.row_bytes if work.reads_gradients else 0
+        gradients = work.n_train * work.right_bytes if work.reads_gradients else 0
         return work.n_test * work.row_bytes * often + gradients + self.candidate_bytes
 
     @property
     def flops(self) -> dict[str, int]:
         """Floating-point operations of each stage; without a calibration those of dot products only."""
         work, costs = self.work, self.costs
-        products = 2 * work.n_test * work.n_train * sum(work.arrays.values())
+        per_pair = costs.dot_flops if costs else 2 * sum(work.arrays.values())
+        products = work.n_test * work.n_train * per_pair
         if work.directions or not costs:  # derivatives by features: about two passes through the model for each score
             gradients = 2 * work.n_test * work.n_train * costs.gradient_flops if costs else 0
         else:
@@ -379,7 +406,7 @@ class Plan:
         )
         if work.directions:
             per_train += 2 * work.n_test * costs.gradient_seconds
-        products = 2 * work.n_test * work.n_train * sum(work.arrays.values()) / costs.flops_per_second
+        products = work.n_test * work.n_train * costs.dot_seconds
         scores = work.n_train * per_train + products + (written + self.bytes_read + self.candidate_bytes) / rate
         seconds = {
             "factors": work.n_test * costs.factor_seconds + sizes.get("factors", 0) / rate,
@@ -394,7 +421,7 @@ class Plan:
         work, costs = self.work, self.costs
         if costs is None or not work.n_train or work.reads_gradients or work.directions:
             return None
-        reading = work.n_train * work.row_bytes / costs.bytes_per_second
+        reading = work.n_train * work.right_bytes / costs.bytes_per_second
         return work.n_train * costs.gradient_seconds / costs.n_workers, reading / costs.n_workers
 
     def to_json(self) -> dict[str, Any]:
@@ -453,7 +480,7 @@ class Plan:
             lines.append((f"time of {name}", f"about {format_time(seconds)}" if known else "as iterations take"))
         if self.seconds_of_gradients and not work.keeps_gradients:
             compute, read = self.seconds_of_gradients
-            size = format_bytes(work.n_train * work.row_bytes)
+            size = format_bytes(work.n_train * work.right_bytes)
             lines.append(
                 (
                     "keep the gradients?",

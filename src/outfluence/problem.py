@@ -162,7 +162,9 @@ class Problem:
         def loss(z: Any, label: Tree) -> Tensor:
             return self.output_loss(one(z), None if label is None else one(label))
 
-        return vmap(loss, in_dims=(0, None if y is None else 0))(output, y).sum()
+        with torch.enable_grad():
+            losses: Tensor = vmap(loss, in_dims=(0, None if y is None else 0))(output, y)
+            return losses.sum()
 
     def gradients(self, x: Tree, y: Tree) -> GradientRows:
         """Gradients of each sample's loss: factored as far as is known how (`structured`), and saves anything."""
@@ -207,11 +209,46 @@ class Problem:
 
         without: dict[str, str] = {}
         while True:
-            structure = look(call, parameters, self.blocks, without)
-            wrong = _differing(self._with(structure), three)
+            problem = self._with(look(call, parameters, self.blocks, without))
+            wrong = problem.differing(three)
             if not wrong:
-                return self._with(structure)
+                return problem
             without |= wrong
+
+    def differing(self, batch: Batch) -> dict[str, str]:
+        """The parameters whose recorded gradients are not those of automatic differentiation, and what to say of them.
+
+        Args:
+            batch: a few samples.
+        """
+        if not self.structure.units:
+            return {}
+        try:  # in float64, where a difference is a difference
+            exact = replace(self, model=copy.deepcopy(self.model).double(), block_structure=self.blocks)
+            x, y = (tree_map(lambda t: t.double() if t.is_floating_point() else t, part) for part in batch)
+            differences, tolerance = _differences(exact._with(self.structure), Batch(x, y)), (1e-9, 1e-13)
+        except OutfluenceError:
+            raise
+        except Exception:  # a model may work in its own type only
+            try:
+                differences, tolerance = _differences(self, batch), (1e-3, 1e-6)
+            except Exception as error:
+                return dict.fromkeys(self.names, f"gradients of a batch fail: {type(error).__name__}: {error}")
+        largest = max(scale for _, scale in differences.values())
+        wrong: dict[str, str] = {}
+        for name, (difference, scale) in differences.items():
+            if not difference <= tolerance[0] * scale + tolerance[1] * largest + 1e-30:
+                bias = self.structure.units[name].bias
+                wrong |= dict.fromkeys((name,) if bias is None else (name, bias), "used in a way that no layer shows")
+        return wrong
+
+    def factor_bytes(self, sample: Batch) -> int:
+        """Bytes of the inputs and output gradients of one sample's layers, before any are multiplied."""
+        if not self.structure.units:
+            return 0
+        recording = self.record(sample.x)
+        loss = self.sum_of_losses(recording.output, self.on_device(sample.y))
+        return sum(f.inputs.nbytes + f.gradients.nbytes for f in recording.factors(loss).values())
 
     def describe(self, batch: Batch) -> str:
         """Which parameters' gradients are factored, and what they cost.
@@ -231,8 +268,8 @@ class Problem:
                 continue
             taken = factor.gradients[0].numel() + factor.inputs[0].numel()
             shape = f"{matrix.groups} x " * (matrix.groups > 1) + f"{matrix.d_out:,} x {matrix.d_in:,}"
-            how = f"factored, {taken:,} numbers" if factor.is_smaller(matrix) else f"multiplied, {matrix.size:,} numbers"
-            lines.append(f"{both}: {shape}, {factor.positions:,} position(s): {how}")
+            how, taken = ("factored", taken) if factor.is_smaller(matrix) else ("multiplied", matrix.size)
+            lines.append(f"{both}: {shape}, {factor.positions:,} position(s): {how}, {taken:,} numbers")
         lines += [f"{name}: {sizes[name]:,} numbers, dense ({why})" for name, why in problem.structure.dense.items()]
         rows = problem.gradients(*batch)
         total = sum(array.shape[1] for array in rows.arrays.values())
@@ -463,30 +500,6 @@ def _check_deterministic(model: nn.Module) -> None:
         dropout = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0)
         if module.training and isinstance(dropout, (int, float)) and dropout > 0:
             raise ProblemError(f"{where} drops out at random: call model.eval() first, or set its rate to 0.")
-
-
-def _differing(problem: Problem, batch: Batch) -> dict[str, str]:
-    """The parameters whose recorded gradients are not those of automatic differentiation, and what to say of them."""
-    if not problem.structure.units:
-        return {}
-    try:  # in float64, where a difference is a difference
-        exact = replace(problem, model=copy.deepcopy(problem.model).double(), block_structure=problem.blocks)
-        x, y = (tree_map(lambda t: t.double() if t.is_floating_point() else t, part) for part in batch)
-        differences = _differences(exact._with(problem.structure), Batch(x, y))
-        tolerance = (1e-9, 1e-13)
-    except OutfluenceError:
-        raise
-    except Exception:  # a model may work in its own type only
-        differences = _differences(problem, batch)
-        tolerance = (1e-3, 1e-6)
-    largest = max(scale for _, scale in differences.values())
-    wrong = {}
-    for name, (difference, scale) in differences.items():
-        if not difference <= tolerance[0] * scale + tolerance[1] * largest + 1e-30:
-            unit = problem.structure.units[name]
-            members = (name,) if unit.bias is None else (name, unit.bias)
-            wrong |= dict.fromkeys(members, "used in a way that its layer does not show")
-    return wrong
 
 
 def _differences(problem: Problem, batch: Batch) -> dict[str, tuple[float, float]]:

@@ -156,9 +156,9 @@ class Matrix:
         """The inverse of `take`: write matrices ``(n, groups, d_out, d_in)`` into rows ``(n, P_block)``."""
         if self.weight is not None:
             weight = matrices[..., : self._d_weight]
-            rows[:, self.weight] = (weight.mT if self.transposed else weight).reshape(len(rows), -1)
+            rows[:, self.weight] = (weight.mT if self.transposed else weight).flatten(1)
         if self.bias is not None:
-            rows[:, self.bias] = matrices[..., -1].reshape(len(rows), -1)
+            rows[:, self.bias] = matrices[..., -1].flatten(1)
 
     @property
     def _d_weight(self) -> int:
@@ -251,10 +251,11 @@ class FactoredRows:
             if isinstance(part, Factor) and part.is_smaller(matrix):
                 if weight is not None and part.is_one_hot:  # (V, d_out) at the places
                     at_places = weight[0].T[part.inputs]
-                    part = Factor(part.gradients * at_places[:, :, None], part.inputs)
-                elif weight is not None:
-                    left[name] = weight
+                    factors[name] = Factor(part.gradients * at_places[:, :, None], part.inputs)
+                    continue
                 factors[name] = part
+                if weight is not None:
+                    left[name] = weight
                 continue
             entries = _matrices(part, matrix)
             formed.append((entries if weight is None else entries * weight).reshape(n, matrix.size))
@@ -268,7 +269,7 @@ class FactoredRows:
 
     @property
     def arrays(self) -> dict[str, Tensor]:
-        """See `Rows`: ``formed``, and side by side the ``gradients``, ``inputs`` and ``places`` of the factors."""
+        """See `Rows`: ``formed``, and side by side the ``output_gradients``, ``inputs`` and ``places`` of the factors."""
         arrays = {"formed": self.formed} if self.columns else {}
         for name, parts in self._kinds().items():
             if parts:
@@ -280,12 +281,12 @@ class FactoredRows:
         split = {}
         for name, parts in self._kinds().items():
             if parts:
-                pieces = arrays[name].split([math.prod(part.shape[1:]) for part in parts], dim=1)
+                pieces = torch.split(arrays[name], [math.prod(part.shape[1:]) for part in parts], dim=1)
                 split[name] = iter(
-                    piece.unflatten(1, part.shape[1:]) for piece, part in zip(pieces, parts, strict=True)
+                    piece.reshape(len(piece), *part.shape[1:]) for piece, part in zip(pieces, parts, strict=True)
                 )
         factors = {
-            name: Factor(next(split["gradients"]), next(split["places" if factor.is_one_hot else "inputs"]))
+            name: Factor(next(split["output_gradients"]), next(split["places" if factor.is_one_hot else "inputs"]))
             for name, factor in self.factors.items()
         }
         n = len(next(iter(arrays.values())))
@@ -296,10 +297,7 @@ class FactoredRows:
         """See `Rows`."""
         if isinstance(right, DenseRows):
             return right.dot(self).T
-        if self.columns == right.columns:
-            out = self.formed @ right.formed.T
-        else:
-            out = self._zeros(len(self), len(right))
+        out = self.formed @ right.formed.T if self.columns == right.columns else self._zeros(len(self), len(right))
         for name in self.matrices:
             if self.columns != right.columns or name in self.factors:
                 self._add_dot(name, right, out)
@@ -369,7 +367,7 @@ class FactoredRows:
     def _kinds(self) -> dict[str, list[Tensor]]:
         factors = self.factors.values()
         return {
-            "gradients": [factor.gradients for factor in factors],
+            "output_gradients": [factor.gradients for factor in factors],
             "inputs": [factor.inputs for factor in factors if not factor.is_one_hot],
             "places": [factor.inputs for factor in factors if factor.is_one_hot],
         }
@@ -381,8 +379,8 @@ class FactoredRows:
         """What is there of a matrix: its factor, or matrices ``(n, groups, d_out, d_in)``."""
         if name in self.factors:
             return self.factors[name]
-        matrix = self.matrices[name]
-        return self.formed[:, self.columns[name]].unflatten(1, (matrix.groups, matrix.d_out, matrix.d_in))
+        at = self.matrices[name]
+        return self.formed[:, self.columns[name]].reshape(len(self), at.groups, at.d_out, at.d_in)
 
     def _weight(self, name: str, right: FactoredRows) -> Tensor | None:
         return self.weights.get(name, right.weights.get(name))
@@ -395,7 +393,7 @@ class FactoredRows:
                 return _add_one_hot(left, other, matrix, out)
             if weight is None and _is_gram_cheaper(left, other, matrix):
                 return _add_gram(left, other, out)
-        for i, j in _tiles(*out.shape, 4 * out.element_size() * matrix.groups * matrix.d_in):
+        for i, j in _tiles(out, 4 * out.element_size() * matrix.groups * matrix.d_in):
             _add_formed(_form(left[i], matrix), _form(other[j], matrix), matrix, weight, out[i, j])
         return None
 
@@ -403,7 +401,7 @@ class FactoredRows:
         part, matrix, weight = self.part(name), self.matrices[name], self.weights.get(name)
         if isinstance(part, Factor) and part.is_one_hot:
             return _add_gathered(matrix.take(vectors)[:, 0], part, out)
-        for i, j in _tiles(*out.shape, 4 * out.element_size() * matrix.groups * matrix.d_in):
+        for i, j in _tiles(out, 4 * out.element_size() * matrix.groups * matrix.d_in):
             _add_formed(_take(vectors[i], matrix), _form(part[j], matrix), matrix, weight, out[i, j])
         return None
 
@@ -503,7 +501,7 @@ def _is_gram_cheaper(left: Factor, right: Factor, matrix: Matrix) -> bool:
 def _add_gram(left: Factor, right: Factor, out: Tensor) -> None:
     """Add ``sum_ts (d_t . d_s) (a_t . a_s)``, from the inner products of positions."""
     t, s = left.positions, right.positions
-    for i, j in _tiles(*out.shape, None, 3 * out.element_size() * t * s):
+    for i, j in _tiles(out, None, 3 * out.element_size() * t * s):
         total = out[i, j]
         for group in range(left.gradients.shape[2]):
             d, a, e, b = (
@@ -520,13 +518,13 @@ def _add_one_hot(left: Factor, right: Factor, matrix: Matrix, out: Tensor) -> No
     """Add ``sum_ts [i_t = j_s] d_t . d_s``: from pairs of positions, or one range of places after the other."""
     t, s = left.positions, right.positions
     if t * s <= matrix.d_in:
-        for i, j in _tiles(*out.shape, None, 4 * out.element_size() * t * s):
+        for i, j in _tiles(out, None, 4 * out.element_size() * t * s):
             d, e = left.gradients[i, :, 0], right.gradients[j, :, 0]
             same = left.inputs[i].flatten()[:, None] == right.inputs[j].flatten()
             products = (d.flatten(0, 1) @ e.flatten(0, 1).T).mul_(same)
             out[i, j] += products.reshape(len(d), t, len(e), s).sum((1, 3))
         return
-    for i, j in _tiles(*out.shape, 4 * out.element_size() * matrix.d_out):
+    for i, j in _tiles(out, 4 * out.element_size() * matrix.d_out):
         per_place = 4 * out.element_size() * matrix.d_out * sum(out[i, j].shape)
         for places in _parts(matrix.d_in, max(1, WORKSPACE // max(1, per_place))):
             out[i, j].addmm_(_at_places(left[i], places), _at_places(right[j], places).T)
@@ -542,10 +540,10 @@ def _at_places(factor: Factor, places: slice) -> Tensor:
 
 
 def _add_gathered(matrices: Tensor, factor: Factor, out: Tensor) -> None:
-    """Add the products of matrices ``(k, d_out, d_in)`` and a one-hot factor, reading only the columns at its places."""
+    """Add the products of matrices ``(k, d_out, d_in)`` and a one-hot factor; only columns at its places are read."""
     t = factor.positions
     columns = matrices.mT  # of an embedding, contiguous
-    for i, j in _tiles(*out.shape, None, 2 * out.element_size() * t * matrices.shape[1]):
+    for i, j in _tiles(out, None, 2 * out.element_size() * t * matrices.shape[1]):
         d, index = factor.gradients[j, :, 0], factor.inputs[j].flatten()
         gathered = columns[i].index_select(1, index)
         products = torch.einsum("kpo,po->kp", gathered, d.flatten(0, 1))
@@ -573,8 +571,9 @@ def _matrices(part: Factor | Tensor, matrix: Matrix) -> Tensor:
     return part.formed(matrix.d_in) if isinstance(part, Factor) else part
 
 
-def _tiles(n: int, m: int, per_sample: int | None, per_pair: int = 0) -> Iterator[tuple[slice, slice]]:
+def _tiles(out: Tensor, per_sample: int | None, per_pair: int = 0) -> Iterator[tuple[slice, slice]]:
     """Ranges of left and right samples whose intermediates, so many bytes each or each pair, fit."""
+    n, m = out.shape
     rows, columns = min(n, _LEFT), min(m, _RIGHT)
     while rows > 1 or columns > 1:
         taken = rows * columns * per_pair if per_sample is None else (rows + columns) * per_sample

@@ -34,15 +34,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from outfluence.analysis import first_of
 from outfluence.curvature import VECTORS
-from outfluence.data import Data, to_numpy, tree_leaves, tree_map
-from outfluence.errors import ClusterError, ConvergenceWarning, StoreError
+from outfluence.data import Batch, Data, to_numpy, tree_leaves, tree_map
+from outfluence.errors import ClusterError, ConvergenceWarning, DataError, StoreError
 from outfluence.executors import KILLED, profile_worker
 from outfluence.fingerprint import fingerprint
 from outfluence.influence import InfluenceModel
 from outfluence.modes import InfluenceMode
 from outfluence.plan import ACTIVATION_COPIES, Costs, Plan, Work
 from outfluence.problem import DIRECTIONS
-from outfluence.rows import DenseRows, Rows, check_finite
+from outfluence.rows import WORKSPACE, DenseRows, GradientRows, Rows, check_finite
 from outfluence.store import Store
 
 #: Where the arrays of left rows, scores, self-influences, means of groups and right rows are in a store.
@@ -112,6 +112,8 @@ class Job:
         store_id: of that store.
         threads: that torch is to use; None: as it is.
         baseline_bytes: what the process took before.
+        test_sample: one of the test samples; None where there are only factors.
+        train_sample: one of the training samples; None where there are only gradients.
     """
 
     model: InfluenceModel
@@ -126,6 +128,8 @@ class Job:
     store_id: str = ""
     threads: int | None = None
     baseline_bytes: int = 0
+    test_sample: Batch | None = None
+    train_sample: Batch | None = None
 
     @property
     def data(self) -> dict[str, Data]:
@@ -146,8 +150,14 @@ class Job:
 
     def left_rows(self) -> Rows:
         """Left rows of no samples: what arrays they consist of."""
-        dense = self.factors is not None and isinstance(self.factors.rows(slice(0, 1)).x, Tensor)
-        return self.model.empty_rows(dense)
+        if self.factors is not None and isinstance(self.factors.rows(slice(0, 1)).x, Tensor):
+            return self.model.as_rows(torch.zeros(0, self.model.n_parameters))
+        return self.model.empty_left(self.test_sample if self.test is not None else self.train_sample)
+
+    def right_rows(self) -> Rows:
+        """Right rows of no samples."""
+        sample = self.train_sample if self.train is not None else self.test_sample
+        return self.model.right_rows(self.model.empty_gradients(sample), self.left_rows())
 
     def in_batches(self, size: int) -> Job:
         """This job with other batches."""
@@ -189,14 +199,21 @@ class Job:
             if source and getattr(self.model.solver, "precompute_grad", False)
             else 0
         )
+        left, right = self.left_rows(), self.right_rows()
+        gradients = self.model.empty_gradients(self.train_sample or self.test_sample)
+        is_factored = not all(isinstance(rows, DenseRows) for rows in (left, right, gradients))
         inverse = sum(t.nbytes for t in self.model.inverse.tensors.values())
         buffers = sum(b.nbytes for b in self.model.problem.model.buffers())
         return Work(
             n_test=len(n_rows) if n_rows is not None else 0,
             n_train=len(read) if read is not None else 0,
-            arrays={name: array.shape[1] for name, array in self.left_rows().arrays.items()},
+            arrays=_widths(left, itemsize),
             itemsize=itemsize,
             n_parameters=problem.n_parameters,
+            right_numbers=sum(_widths(right, itemsize).values()),
+            gradient_numbers=sum(_widths(gradients, itemsize).values()),
+            factor_bytes=0 if through_model is None else problem.factor_bytes(through_model.rows(slice(0, 1))),
+            workspace_bytes=WORKSPACE if is_factored else 0,
             features=tuple(floats[0].shape[1:]) if perturbation else (),
             directions=DIRECTIONS if perturbation else 0,
             self_influences=wanted.self_influences,
@@ -220,6 +237,11 @@ class Job:
             vectors=VECTORS if source is not None else 0,
             kept_bytes=kept,
         )
+
+
+def _widths(rows: Rows, itemsize: int) -> dict[str, int]:
+    """How many numbers, of so many bytes, each array of a row takes."""
+    return {name: array.shape[1] * array.element_size() // itemsize for name, array in rows.arrays.items()}
 
 
 def _bytes_of(data: Data) -> int:
@@ -360,11 +382,11 @@ def _factors(job: Job, samples: slice, record: Record, _missing: Sequence[int]) 
     """The left rows of a range of test samples."""
     model, plan = job.model, job.plan
     assert plan is not None
-    arrays = {
-        name: np.empty((length(samples), width), numpy_name(model.problem.dtype))
-        for name, width in plan.work.arrays.items()
-    }
     template = job.left_rows()
+    arrays = {
+        name: np.empty((length(samples), array.shape[1]), numpy_name(array.dtype))
+        for name, array in template.arrays.items()
+    }
     source = job.factors if job.factors is not None else job.test
     assert source is not None
     with record("read"):
@@ -381,13 +403,29 @@ def _factors(job: Job, samples: slice, record: Record, _missing: Sequence[int]) 
             gradients = _gradients(job, x, y, part, record)
             with record("factors"):
                 rows = model.encode(gradients, "test", part.start)
-        for name, array in rows.arrays.items():
+        for name, array in _alike(rows, template, "test", part):
             arrays[name][_within(part, samples)] = to_numpy(array)
     for name, values in arrays.items():
         record.write(f"{FACTORS}/{name}", (samples,), values)
 
 
-def _gradients(job: Job, x: Any, y: Any, samples: slice, record: Record) -> DenseRows:
+def _alike(rows: Rows, template: Rows, whose: str, samples: slice) -> Iterator[tuple[str, Tensor]]:
+    """The arrays of rows, if they are of the same width as those of the first sample.
+
+    Raises:
+        DataError: if they are not.
+    """
+    wanted = {name: array.shape[1] for name, array in template.arrays.items()}
+    for name, array in rows.arrays.items():
+        if array.shape[1] != wanted.get(name):
+            raise DataError(
+                f"{whose} samples {samples.start} to {samples.stop - 1} are encoded to {array.shape[1]} numbers, the "
+                f"first of the data to {wanted.get(name)}: samples must be of one size (pad them alike)"
+            )
+        yield name, array
+
+
+def _gradients(job: Job, x: Any, y: Any, samples: slice, record: Record) -> GradientRows:
     """The gradients of a range of test samples, a batch at a time."""
     assert job.plan is not None
     parts = []
@@ -395,13 +433,16 @@ def _gradients(job: Job, x: Any, y: Any, samples: slice, record: Record) -> Dens
         with record("gradients"):
             inputs, labels = tree_map(partial(_part, _within(part, samples)), (x, y))
             parts.append(job.model.gradient_rows(inputs, labels, "test", part.start))
-    values = parts[0].values if len(parts) == 1 else torch.cat([rows.values for rows in parts])
-    return parts[0].with_arrays({"values": values})
+    if len(parts) == 1:
+        return parts[0]
+    arrays = {name: torch.cat([rows.arrays[name] for rows in parts]) for name in parts[0].arrays}
+    return parts[0].with_arrays(arrays)
 
 
 def _given_rows(template: Rows, x: Any, model: InfluenceModel) -> Rows:
     arrays = {"values": x} if isinstance(x, Tensor) else x
-    return template.with_arrays({name: a.to(model.problem.device, model.problem.dtype) for name, a in arrays.items()})
+    device, like = model.problem.device, template.arrays
+    return template.with_arrays({name: array.to(device, like[name].dtype) for name, array in arrays.items()})
 
 
 def _strip(job: Job, samples: slice, record: Record, missing: Sequence[int]) -> None:
@@ -423,21 +464,22 @@ def _dot_products(job: Job, chunk: slice, record: Record) -> Scores:
     """Scores of a chunk of training samples, from their rows, which are computed here; and what else these give."""
     model, plan = job.model, job.plan
     assert plan is not None
-    left = job.left_rows()
+    template = job.right_rows()
     n = length(chunk) if plan.test_tiles or job.wanted.gradients else 0
     if job.gradients is not None:
         with record("read"):
-            right = _given_rows(left, job.gradients.rows(chunk).x, model)
+            right = _given_rows(template, job.gradients.rows(chunk).x, model)
         for array in right.arrays.values():
             check_finite(array, "stored gradients", "training", chunk.start)
     else:
-        arrays = {name: array.new_empty(n, array.shape[1]) for name, array in left.arrays.items()}
+        arrays = {name: array.new_empty(n, array.shape[1]) for name, array in template.arrays.items()}
+        left = job.left_rows()
         for part, gradients in _gradients_of_chunk(job, chunk, record):
             if n:
                 with record("gradients"):
-                    for name, array in model.right_rows(gradients, left).arrays.items():
+                    for name, array in _alike(model.right_rows(gradients, left), template, "training", part):
                         arrays[name][_within(part, chunk)] = array
-        right = left.with_arrays(arrays)
+        right = template.with_arrays(arrays)
     if job.wanted.gradients:
         for name, array in right.arrays.items():
             record.write(f"{GRADIENTS}/{name}", (chunk,), to_numpy(array))
@@ -473,7 +515,7 @@ def _perturbed(job: Job, chunk: slice, record: Record) -> Scores:
     return scores
 
 
-def _gradients_of_chunk(job: Job, chunk: slice, record: Record) -> Iterator[tuple[slice, DenseRows]]:
+def _gradients_of_chunk(job: Job, chunk: slice, record: Record) -> Iterator[tuple[slice, GradientRows]]:
     """The gradients of a chunk of training samples, a batch at a time; their self-influences on the way."""
     assert job.plan is not None
     assert job.train is not None
@@ -714,35 +756,35 @@ def calibrate(job: Job, n_workers: int) -> Costs:
     plan, model = job.plan, job.model
     assert plan is not None
     timed = _Timed()
-    left = model.as_rows(torch.ones(1, model.n_parameters))  # stands for factors that are not computed here
-    gradients: DenseRows | None = None
+    left: Rows = model.as_rows(torch.ones(1, model.n_parameters))  # stands for factors that are not computed here
+    right: Rows = left
     selves = 0.0
     with torch.no_grad():
         if job.test is not None:
             n = min(plan.batch_size, len(job.test))
             gradients = timed("factor", n, lambda: _first_gradients(job, "test", n))
-            assert gradients is not None
+            right = gradients
             if not plan.work.solves:  # iterations cannot be foreseen
-                left = timed("factor", n, partial(model.encode, gradients))
+                left = timed("factor", n, lambda: model.encode(gradients))
+                right = model.right_rows(gradients, left)
         if job.train is not None:
             n = min(plan.batch_size, len(job.train))
-            gradients = timed("gradient", n, lambda: model.right_rows(_first_gradients(job, "train", n), left))
+            right = timed("gradient", n, lambda: model.right_rows(_first_gradients(job, "train", n), left))
             if job.wanted.self_influences and not plan.work.solves:
-                dense = _first_gradients(job, "train", n)
-                timed("self", n, lambda: model.inverse.quadratic(dense))
+                training = _first_gradients(job, "train", n)
+                timed("self", n, lambda: model.inverse.quadratic(training))
                 selves = timed.seconds["self"]
-        right = gradients if gradients is not None and type(gradients) is type(left) else left
         many = left.with_arrays({name: a[:1].expand(256, -1).contiguous() for name, a in left.arrays.items()})
         more = right.with_arrays({name: a[:1].expand(256, -1).contiguous() for name, a in right.arrays.items()})
-        timed("dot", 1, lambda: many.dot(more))
-    products = 2 * 256 * 256 * sum(a.shape[1] for a in many.arrays.values())
+        timed("dot", 256 * 256, lambda: many.dot(more))
     return Costs(
         factor_flops=timed.flops.get("factor", 0),
         factor_seconds=timed.seconds.get("factor", 0.0),
         gradient_flops=timed.flops.get("gradient", 0),
         gradient_seconds=timed.seconds.get("gradient", 0.0),
         self_seconds=selves,
-        flops_per_second=products / timed.seconds["dot"],
+        dot_flops=timed.flops["dot"],
+        dot_seconds=timed.seconds["dot"],
         bytes_per_second=_write_rate(),
         n_workers=n_workers,
     )
@@ -765,7 +807,7 @@ class _Timed:
         return result
 
 
-def _first_gradients(job: Job, role: str, n: int) -> DenseRows:
+def _first_gradients(job: Job, role: str, n: int) -> GradientRows:
     return job.model.gradient_rows(*job.data[role].rows(slice(0, n)), "test" if role == "test" else "training")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from outfluence.data import Data
 from outfluence.errors import ProblemError
 from outfluence.problem import Problem
-from outfluence.rows import DenseRows
+from outfluence.rows import DenseRows, GradientRows
 
 #: One number for all blocks, or one for each.
 Regularization = float | Mapping[str, float] | None
@@ -29,10 +29,10 @@ class Inverse(ABC):
     """
 
     @abstractmethod
-    def left(self, gradients: DenseRows) -> Any:
+    def left(self, gradients: GradientRows) -> Any:
         """Left rows: influence factors ``g^T (H + lambda 1)^-1``, or what stands for them."""
 
-    def right(self, gradients: DenseRows) -> Any:
+    def right(self, gradients: GradientRows) -> Any:
         """What a left row is multiplied with: for exact methods the gradients themselves."""
         return gradients
 
@@ -41,12 +41,12 @@ class Inverse(ABC):
         rows: DenseRows = left
         return rows
 
-    def quadratic(self, gradients: DenseRows) -> Tensor:
+    def quadratic(self, gradients: GradientRows) -> Tensor:
         """``g^T (H + lambda 1)^-1 g`` of each sample, its self-influence: ``(n,)``."""
         each: Tensor = self.left(gradients).dot_each(self.right(gradients))
         return each
 
-    def solve(self, gradients: DenseRows) -> tuple[DenseRows, dict[str, dict[str, Any]]]:
+    def solve(self, gradients: GradientRows) -> tuple[DenseRows, dict[str, dict[str, Any]]]:
         """Influence factors, and per block what is known of how they came about."""
         return self.dense(self.left(gradients)), self.info
 
@@ -67,6 +67,11 @@ class Inverse(ABC):
     @abstractmethod
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
         """This inverse with other tensors of the same names."""
+
+    @property
+    def in_basis(self) -> bool:
+        """Whether rows are numbers in a basis that belongs to this very fit."""
+        return False
 
     @property
     def data(self) -> Data | None:
@@ -92,9 +97,9 @@ class ReadingInverse(Inverse):
     source: Data
     regularization: Mapping[str, float]
 
-    def left(self, gradients: DenseRows) -> DenseRows:
+    def left(self, gradients: GradientRows) -> DenseRows:
         """See `Inverse`; all samples share the passes."""
-        return self.solve(gradients)[0] if len(gradients) else gradients
+        return self.solve(gradients)[0] if len(gradients) else gradients.dense()
 
     def with_regularization(self, regularization: Mapping[str, float]) -> Self:
         """Nothing depends on it but the solves to come."""

@@ -14,7 +14,7 @@ from outfluence.data import Data
 from outfluence.errors import SingularMatrixError
 from outfluence.modes import SecondOrderMode
 from outfluence.problem import Problem
-from outfluence.rows import DenseRows
+from outfluence.rows import DenseRows, GradientRows
 from outfluence.solvers import Inverse, Regularization, grouped, per_block
 
 
@@ -69,10 +69,10 @@ class DirectInverse(Inverse):
         """
         return cls(matrices, {name: _factorise(name, h, regularization[name]) for name, h in matrices.items()})
 
-    def left(self, gradients: DenseRows) -> DenseRows:
+    def left(self, gradients: GradientRows) -> DenseRows:
         """``(H + lambda 1)^-1 g`` per block."""
         solved = [self.factors[name].solve(part.T).T for name, part in gradients.by_block().items()]
-        return gradients.with_arrays({"values": torch.cat(solved, dim=1)})
+        return DenseRows(torch.cat(solved, dim=1), gradients.sections)
 
     @property
     def info(self) -> dict[str, dict[str, Any]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from outfluence.data import Batch, Data
 from outfluence.errors import ProblemError
 from outfluence.problem import Problem
-from outfluence.rows import DenseRows, check_finite
+from outfluence.rows import DenseRows, GradientRows, check_finite
 from outfluence.solvers import ReadingInverse, Regularization, per_block
 
 
@@ -54,14 +54,14 @@ class HarmonicInverse(ReadingInverse):
                     f"the inverse harmonic mean divides by the regularization: that of block {block!r} must be > 0"
                 )
 
-    def solve(self, gradients: DenseRows) -> tuple[DenseRows, dict[str, dict[str, Any]]]:
+    def solve(self, gradients: GradientRows) -> tuple[DenseRows, dict[str, dict[str, Any]]]:
         """One pass over the data, whose gradients it computes again."""
-        total = self.source.total(HarmonicSum(self.problem, gradients, self.regularization))
+        total = self.source.total(HarmonicSum(self.problem, gradients.by_block(), self.regularization))
         solved = [
             (rows - total[block] / len(self.source)) / self.regularization[block]
             for block, rows in gradients.by_block().items()
         ]
-        return gradients.with_arrays({"values": torch.cat(solved, dim=1)}), {}
+        return DenseRows(torch.cat(solved, dim=1), gradients.sections), {}
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,16 @@ class HarmonicSum:
     """A statistic: ``sum_i g_i g_i^T / (lambda + |g_i|^2)`` of each block, times gradients."""
 
     problem: Problem
-    gradients: DenseRows
+    gradients: Mapping[str, Tensor]
     regularization: Mapping[str, float]
 
     def __call__(self, batch: Batch, start: int) -> dict[str, Tensor]:
         """See `Statistic`."""
         terms = self.problem.gradients(*batch)
-        check_finite(terms.values, "gradients", "training", start)
+        for array in terms.arrays.values():
+            check_finite(array, "gradients", "training", start)
         sums = {}
         for block, g in terms.by_block().items():
             weight = 1 / (self.regularization[block] + g.square().sum(1))
-            sums[block] = ((self.gradients.by_block()[block] @ g.T) * weight) @ g
+            sums[block] = ((self.gradients[block] @ g.T) * weight) @ g
         return sums

@@ -18,7 +18,7 @@ from outfluence.linalg import conjugate_gradient, extreme_eigenvalues
 from outfluence.modes import SecondOrderMode
 from outfluence.preconditioners import Fitted, Preconditioner, check_preconditioner
 from outfluence.problem import Problem
-from outfluence.rows import DenseRows
+from outfluence.rows import DenseRows, GradientRows
 from outfluence.solvers import ReadingInverse, Regularization, grouped, per_block
 
 #: Most products of conjugate gradient for a right-hand side, if nobody says.
@@ -100,7 +100,7 @@ class CgInverse(ReadingInverse):
     solver: CgSolver
     preconditioners: Mapping[str, Fitted]
 
-    def solve(self, gradients: DenseRows) -> tuple[DenseRows, dict[str, dict[str, Any]]]:
+    def solve(self, gradients: GradientRows) -> tuple[DenseRows, dict[str, dict[str, Any]]]:
         """Per block: ``iterations``, ``residual`` (relative) and ``converged`` of each right-hand side."""
         solver, solved, info = self.solver, [], {}
         for block, rows in gradients.by_block().items():
@@ -137,7 +137,7 @@ class CgInverse(ReadingInverse):
                     if solution.negative_curvature
                     else "Raise maxiter or the regularization, loosen rtol, use a preconditioner or float64.",
                 )
-        return gradients.with_arrays({"values": torch.cat(solved, dim=1)}), info
+        return DenseRows(torch.cat(solved, dim=1), gradients.sections), info
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -217,7 +217,7 @@ class LissaInverse(ReadingInverse):
 
     solver: LissaSolver
 
-    def solve(self, gradients: DenseRows) -> tuple[DenseRows, dict[str, dict[str, Any]]]:
+    def solve(self, gradients: GradientRows) -> tuple[DenseRows, dict[str, dict[str, Any]]]:
         """Per block: ``max_error`` and ``mean_error`` of the relative residuals, and what conjugate gradient has."""
         solved, info = [], {}
         for block, rows in gradients.by_block().items():
@@ -240,7 +240,7 @@ class LissaInverse(ReadingInverse):
                     steps,
                     "Raise maxiter or the regularization, loosen rtol, or lower the scale.",
                 )
-        return gradients.with_arrays({"values": torch.cat(solved, dim=1)}), info
+        return DenseRows(torch.cat(solved, dim=1), gradients.sections), info
 
     def _iterate(self, curvature: Curvature, b: Tensor) -> tuple[Tensor, Tensor, int]:
         solver = self.solver

@@ -1,10 +1,15 @@
 """Kronecker-factored inverses of the Fisher: K-FAC and EK-FAC.
 
 For a linear layer with inputs a (a one appended for the bias) and output gradients d, the gradient of a sample is
-``sum_t d_t a_t^T`` over its T positions. K-FAC (Martens & Grosse 2015) takes the Fisher of a layer to be
+``sum_t d_t a_t^T`` over its T positions; so it is for a convolution (positions of its output; a matrix for each group)
+and an embedding (a has a single one). K-FAC (Martens & Grosse 2015) takes the Fisher of a layer to be
 ``E[d d^T] (x) E[a a^T]``; with positions, ``G = sum_nt d d^T / N`` and ``A = sum_nt a a^T / (N T)`` ("expand",
 Eschenhagen et al. 2023). EK-FAC (George et al. 2018) keeps the eigenvectors and replaces the products of eigenvalues
-by the second moments of the gradients in that basis, which are exact.
+by the second moments of the gradients in that basis, which are exact. The A of an embedding is diagonal. The parameters
+of a normalisation, and a bias alone, are a matrix of one column, whose a is one: their block of the Fisher is exact.
+
+In the eigenbasis ``Q_out^T d_t`` and ``Q_in^T a_t`` are factors of a gradient too, and a score is the sum over the
+entries of left times right times ``R = 1 / (Lambda + lambda)``: rows are kept as factors.
 """
 
 from __future__ import annotations
@@ -18,13 +23,16 @@ from torch import Tensor
 
 from outfluence.curvature import draws
 from outfluence.data import Batch, Data, add_to
-from outfluence.errors import SingularMatrixError
-from outfluence.layers import LinearLayer, check_layers, linear_layers, record, sum_of_losses
+from outfluence.errors import SingularMatrixError, UnsupportedLayerError
+from outfluence.layers import Unit
 from outfluence.likelihood import Likelihood, find_likelihood, the_tensor
 from outfluence.modes import FisherMode
 from outfluence.problem import Problem
-from outfluence.rows import DenseRows, check_finite
+from outfluence.rows import WORKSPACE, DenseRows, Factor, FactoredRows, GradientRows, check_finite
 from outfluence.solvers import Inverse, Regularization, grouped, per_block
+
+#: Largest matrix whose eigenvectors are computed.
+_MAX_SIDE = 20_000
 
 
 @dataclass(frozen=True)
@@ -49,36 +57,43 @@ class KroneckerSolver:
         """One pass over the data for the covariances, one more for the eigenvalues if they are corrected.
 
         Raises:
-            UnsupportedLayerError: naming a layer with trainable parameters that is not linear.
+            UnsupportedLayerError: naming a parameter whose gradients are not those of a layer that is known.
             ProblemError: if labels are to be drawn from the model and the loss is none of a known distribution.
             SingularMatrixError: if a layer's regularized curvature has no inverse.
         """
-        layers = linear_layers(problem)
         sampling = self.fisher is not FisherMode.EMPIRICAL
         likelihood = find_likelihood(problem, data.rows(slice(0, 1))) if sampling else None
         regularization = per_block(self.regularization, problem)
-        for start in {0, len(data) // 2, max(0, len(data) - 4)}:
-            check_layers(problem, layers, data.rows(slice(start, start + 4)))
+        problem = _with_structure(problem, data)
+        _check_covered(problem)
+        for start in {len(data) // 2, max(0, len(data) - 3)}:
+            for name, why in problem.differing(data.rows(slice(start, start + 3))).items():
+                raise UnsupportedLayerError(f"parameter {name!r} is {why}: freeze it, or use another method")
 
-        moments = MomentSum(problem, layers, likelihood, self.fisher, self.seed)
+        moments = MomentSum(problem, likelihood, self.fisher, self.seed)
         sums = data.total(moments, "covariances" if self.progress else None)
-        bases = {
-            name: (_eigh(sums[f"out/{name}"] / len(data)), _eigh(sums[f"in/{name}"] / len(data))) for name in layers
-        }
+        bases = {}
+        for name, unit in problem.structure.units.items():
+            inputs = sums[f"in/{name}"] / len(data)
+            one_hot = (inputs, None) if unit.kind == "one_hot" else _eigh(inputs)
+            bases[name] = (_eigh(sums[f"out/{name}"] / len(data)), one_hot)
         vectors = {name: (g[1], a[1]) for name, (g, a) in bases.items()}
         if self.update_diagonal:
             sums = data.total(replace(moments, vectors=vectors), "eigenvalues" if self.progress else None)
-            eigenvalues = {name: sums[name] / len(data) for name in layers}
+            eigenvalues = {name: sums[name] / len(data) for name in vectors}
         else:
-            eigenvalues = {name: torch.outer(g[0], a[0]) for name, (g, a) in bases.items()}
-        _check_invertible(eigenvalues, regularization)
-        return KroneckerInverse(layers, vectors, eigenvalues, regularization)
+            eigenvalues = {name: g[0].unsqueeze(-1) * a[0].unsqueeze(-2) for name, (g, a) in bases.items()}
+        inverse = KroneckerInverse(problem.structure.units, problem.sections, vectors, eigenvalues, regularization)
+        inverse.check()
+        return inverse
 
-    def restore(self, problem: Problem, data: Data, tensors: Mapping[str, Tensor]) -> KroneckerInverse:  # noqa: ARG002
+    def restore(self, problem: Problem, data: Data, tensors: Mapping[str, Tensor]) -> KroneckerInverse:
         """See `Solver`."""
-        layers, parts = linear_layers(problem), grouped(tensors)
-        vectors = {name: (parts["out"][name], parts["in"][name]) for name in layers}
-        return KroneckerInverse(layers, vectors, parts["eigenvalues"], per_block(self.regularization, problem))
+        problem = _with_structure(problem, data)
+        units, parts = problem.structure.units, grouped(tensors)
+        vectors = {name: (parts["out"][name], parts["in"].get(name)) for name in units}
+        regularization = per_block(self.regularization, problem)
+        return KroneckerInverse(units, problem.sections, vectors, parts["eigenvalues"], regularization)
 
     def options(self) -> dict[str, Any]:
         """What the fit depends on."""
@@ -91,56 +106,55 @@ class MomentSum:
 
     Attributes:
         problem: model and loss.
-        layers: the layer of each block.
         likelihood: of the labels that are drawn; None: those of the data.
         fisher: whose labels the output gradients are taken at.
         seed: of the sampled labels.
-        vectors: per block eigenvectors ``(Q_out, Q_in)``. With them the sums are the second moments of gradients in
-            their basis, ``(d_out, d_in)`` by block; without, the covariances ``out/BLOCK`` and ``in/BLOCK``.
+        vectors: by unit eigenvectors ``(Q_out, Q_in)``. With them the sums are the second moments of gradients in
+            their basis, ``(groups, d_out, d_in)`` by unit; without, the covariances ``out/UNIT`` and ``in/UNIT``.
     """
 
     problem: Problem
-    layers: Mapping[str, LinearLayer]
     likelihood: Likelihood | None
     fisher: FisherMode
     seed: int
-    vectors: Mapping[str, tuple[Tensor, Tensor]] | None = None
+    vectors: Mapping[str, tuple[Tensor, Tensor | None]] | None = None
 
     @property
-    def copies(self) -> tuple[int, int]:
-        """Of the activations of a sample, and of its gradient."""
-        return 8, 0 if self.vectors is None else 3
+    def copies(self) -> tuple[int, int, int]:
+        """Of the activations of a sample, of its gradient, and of its factors."""
+        return 8, 0, 4
 
     def __call__(self, batch: Batch, start: int) -> dict[str, Tensor]:
         """See `Statistic`."""
-        recording = record(self.problem, self.layers, batch.x)
-        sums = dict[str, Tensor]()
-        for name, a in recording.inputs.items():
-            check_finite(a, f"inputs of layer {name!r}", "training", start)
-            if self.vectors is None:
-                flat = a.flatten(0, 1)
-                sums[f"in/{name}"] = flat.T @ flat / a.shape[1]
+        recording, sums = self.problem.record(batch.x), dict[str, Tensor]()
         for total in self._labelled(recording.output, batch, start):
-            gradients = recording.output_gradients(total)
-            for name in self.layers:
-                check_finite(gradients[name], f"output gradients of layer {name!r}", "training", start)
-                add_to(sums, self._moments(name, recording.inputs[name], gradients[name]))
+            first = not sums
+            for name, factor in recording.factors(total).items():
+                check_finite(factor.inputs, f"inputs of layer {name!r}", "training", start)
+                check_finite(factor.gradients, f"output gradients of layer {name!r}", "training", start)
+                if self.vectors is not None:
+                    rotated = _rotated(factor, *self.vectors[name])
+                    add_to(sums, {name: _second_moments(rotated, *self._shape(name))})
+                    continue
+                add_to(sums, {f"out/{name}": _covariance(factor.gradients)})
+                if first:
+                    sums[f"in/{name}"] = self._of_inputs(name, factor)
         return sums
 
-    def _moments(self, name: str, a: Tensor, d: Tensor) -> dict[str, Tensor]:
-        if self.vectors is None:
-            flat = d.flatten(0, 1)
-            return {f"out/{name}": flat.T @ flat}
-        q_out, q_in = self.vectors[name]
-        rotated_d, rotated_a = d @ q_out, a @ q_in
-        if a.shape[1] == 1:  # squared entries of an outer product factor: no per-sample gradient is formed
-            return {name: rotated_d[:, 0].square().T @ rotated_a[:, 0].square()}
-        return {name: (rotated_d.mT @ rotated_a).square().sum(0)}
+    def _shape(self, name: str) -> tuple[int, int]:
+        matrix = self.problem.structure.units[name].matrix
+        return matrix.d_out, matrix.d_in
+
+    def _of_inputs(self, name: str, factor: Factor) -> Tensor:
+        if factor.is_one_hot:
+            counts = torch.bincount(factor.inputs.flatten(), minlength=self._shape(name)[1])
+            return counts.to(factor.gradients.dtype)[None] / factor.positions
+        return _covariance(factor.inputs) / factor.positions
 
     def _labelled(self, output: Any, batch: Batch, start: int) -> Iterator[Tensor]:
         """For each set of labels a scalar whose gradients' second moments add up to the Fisher."""
         if self.likelihood is None:
-            yield sum_of_losses(self.problem, output, self.problem.on_device(batch.y))
+            yield self.problem.sum_of_losses(output, self.problem.on_device(batch.y))
             return
         z = the_tensor(output)
         if self.fisher is FisherMode.SAMPLED:
@@ -153,87 +167,191 @@ class MomentSum:
 
 @dataclass(frozen=True)
 class KroneckerInverse(Inverse):
-    """``Q (Lambda + lambda)^-1 Q^T`` per layer, ``Q = Q_out (x) Q_in``.
+    """``Q (Lambda + lambda)^-1 Q^T`` per unit, ``Q = Q_out (x) Q_in``.
 
     Attributes:
-        layers: the layer of each block.
-        vectors: per block ``Q_out (d_out, d_out)`` and ``Q_in (d_in, d_in)``, eigenvectors as columns.
-        eigenvalues: Lambda, per block ``(d_out, d_in)``.
+        units: the layers, or parameters, that are each a matrix.
+        sections: for each block, in order, its columns in a gradient.
+        vectors: by unit ``Q_out (groups, d_out, d_out)`` and ``Q_in (groups, d_in, d_in)``, eigenvectors as columns;
+            ``Q_in`` is None where it is the identity.
+        eigenvalues: Lambda, by unit ``(groups, d_out, d_in)``.
         regularization: lambda, per block.
     """
 
-    layers: Mapping[str, LinearLayer]
-    vectors: Mapping[str, tuple[Tensor, Tensor]]
+    units: Mapping[str, Unit]
+    sections: Mapping[str, slice]
+    vectors: Mapping[str, tuple[Tensor, Tensor | None]]
     eigenvalues: Mapping[str, Tensor]
     regularization: Mapping[str, float]
 
-    def left(self, gradients: DenseRows) -> DenseRows:
-        """``Q_out (Q_out^T g Q_in / (Lambda + lambda)) Q_in^T``, g the gradient matrix of a sample and layer."""
-        solved = [
-            self._solve(name, part, self.eigenvalues[name] + self.regularization[name])
-            for name, part in gradients.by_block().items()
-        ]
-        return gradients.with_arrays({"values": torch.cat(solved, dim=1)})
+    def left(self, gradients: GradientRows) -> FactoredRows:
+        """Gradients in the eigenbasis, and ``R = 1 / (Lambda + lambda)`` beside them."""
+        return self._rows(gradients, {name: 1 / self._damped(name) for name in self.units})
+
+    def right(self, gradients: GradientRows) -> FactoredRows:
+        """Gradients in the eigenbasis."""
+        return self._rows(gradients, None)
+
+    def dense(self, left: FactoredRows) -> DenseRows:
+        """``Q_out (R * Q_out^T g Q_in) Q_in^T``, g the gradient matrix of a sample and unit."""
+        values = left.formed.new_zeros(len(left), max(section.stop for section in self.sections.values()))
+        for name, unit in self.units.items():
+            part, block = left.part(name), values[:, self.sections[unit.matrix.block]]
+            entries = part.formed(unit.matrix.d_in) if isinstance(part, Factor) else part
+            if name in left.weights:
+                entries = entries * left.weights[name]
+            unit.matrix.put(block, self._back(name, entries))
+        return DenseRows(values, self.sections)
+
+    def quadratic(self, gradients: GradientRows) -> Tensor:
+        """The squared entries in the eigenbasis, times R."""
+        right = self.right(gradients)
+        return self._weighted(right).dot_each(right)
 
     def precondition(self, block: str, rows: Tensor, regularization: float) -> Tensor:
-        """The inverse of one layer at another regularization, times rows; eigenvalues of zero are no obstacle."""
-        damped = self.eigenvalues[block] + regularization
-        damped = damped.clamp(min=torch.finfo(damped.dtype).eps * max(float(damped.amax()), 1e-30))
-        return self._solve(block, rows, damped)
-
-    def quadratic(self, gradients: DenseRows) -> Tensor:
-        """The squared entries in the eigenbasis, over the eigenvalues: half the work of `left`."""
-        parts = [
-            (self._rotated(name, part).square() / (self.eigenvalues[name] + self.regularization[name])).sum((1, 2))
-            for name, part in gradients.by_block().items()
-        ]
-        return torch.stack(parts).sum(0)
+        """The inverse of one block at another regularization, times rows; eigenvalues of zero are no obstacle."""
+        solved = torch.empty_like(rows)
+        for name, unit in self.units.items():
+            if unit.matrix.block == block:
+                damped = self.eigenvalues[name] + regularization
+                damped = damped.clamp(min=torch.finfo(damped.dtype).eps * max(float(damped.amax()), 1e-30))
+                rotated = _rotated(unit.matrix.take(rows), *self.vectors[name])
+                unit.matrix.put(solved, self._back(name, rotated / damped))
+        return solved
 
     @property
     def info(self) -> dict[str, dict[str, Any]]:
-        """The eigenvalues of each layer."""
-        return {name: {"eigenvalues": values} for name, values in self.eigenvalues.items()}
+        """The eigenvalues of each block: of its matrix, or if it has several, of each by the name of its parameter."""
+        info: dict[str, dict[str, Any]] = {}
+        for block in self.sections:
+            found = {name: self.eigenvalues[name] for name, u in self.units.items() if u.matrix.block == block}
+            found = {name: values[0] if len(values) == 1 else values for name, values in found.items()}
+            info[block] = {"eigenvalues": next(iter(found.values())) if len(found) == 1 else found}
+        return info
 
     def with_regularization(self, regularization: Mapping[str, float]) -> Self:
         """The same eigenvectors and eigenvalues."""
-        _check_invertible(self.eigenvalues, regularization)
-        return replace(self, regularization=dict(regularization))
+        other = replace(self, regularization=dict(regularization))
+        other.check()
+        return other
+
+    @property
+    def in_basis(self) -> bool:
+        """They are."""
+        return True
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Eigenvectors and eigenvalues."""
         named = {f"eigenvalues/{name}": value for name, value in self.eigenvalues.items()}
         for name, (q_out, q_in) in self.vectors.items():
-            named |= {f"out/{name}": q_out, f"in/{name}": q_in}
+            named[f"out/{name}"] = q_out
+            if q_in is not None:
+                named[f"in/{name}"] = q_in
         return named
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
         """See `Inverse`."""
         return replace(
             self,
-            vectors={name: (tensors[f"out/{name}"], tensors[f"in/{name}"]) for name in self.layers},
-            eigenvalues={name: tensors[f"eigenvalues/{name}"] for name in self.layers},
+            vectors={name: (tensors[f"out/{name}"], tensors.get(f"in/{name}")) for name in self.units},
+            eigenvalues={name: tensors[f"eigenvalues/{name}"] for name in self.units},
         )
 
-    def _rotated(self, block: str, rows: Tensor) -> Tensor:
-        """The gradient matrices in the eigenbasis, ``(n, d_out, d_in)``."""
-        q_out, q_in = self.vectors[block]
-        return q_out.T @ self.layers[block].to_matrix(rows) @ q_in
+    def check(self) -> None:
+        """Refuse what has no inverse.
 
-    def _solve(self, block: str, rows: Tensor, damped: Tensor) -> Tensor:
-        q_out, q_in = self.vectors[block]
-        return self.layers[block].to_rows(q_out @ (self._rotated(block, rows) / damped) @ q_in.T)
+        Raises:
+            SingularMatrixError: naming the layer, and a regularization that is usual.
+        """
+        for name, values in self.eigenvalues.items():
+            block = self.units[name].matrix.block
+            damping = self.regularization[block]
+            smallest, largest = (value.item() for value in values.aminmax())
+            if not smallest + damping > torch.finfo(values.dtype).eps * (largest + damping):
+                raise SingularMatrixError(
+                    f"layer {block!r} has no inverse at hessian_regularization {damping:g}: its smallest eigenvalue is "
+                    f"{smallest:.1e}, its largest {largest:.1e}. Raise it; a tenth of the mean eigenvalue, "
+                    f"{values.mean().item() / 10:.1e}, is a usual choice."
+                )
+
+    def _damped(self, name: str) -> Tensor:
+        return self.eigenvalues[name] + self.regularization[self.units[name].matrix.block]
+
+    def _rows(self, gradients: GradientRows, weights: Mapping[str, Tensor] | None) -> FactoredRows:
+        parts = {
+            name: _rotated(gradients.part(name, unit.matrix), *self.vectors[name]) for name, unit in self.units.items()
+        }
+        matrices = {name: unit.matrix for name, unit in self.units.items()}
+        return FactoredRows.of(parts, matrices, self.sections, weights)
+
+    def _weighted(self, rows: FactoredRows) -> FactoredRows:
+        weights = {name: 1 / self._damped(name) for name in self.units}
+        parts = {name: rows.part(name) for name in self.units}
+        return FactoredRows.of(parts, rows.matrices, rows.sections, weights)
+
+    def _back(self, name: str, matrices: Tensor) -> Tensor:
+        q_out, q_in = self.vectors[name]
+        return q_out @ matrices if q_in is None else q_out @ matrices @ q_in.mT
 
 
-def _check_invertible(eigenvalues: Mapping[str, Tensor], regularization: Mapping[str, float]) -> None:
-    for name, values in eigenvalues.items():
-        damping = regularization[name]
-        smallest, largest = (value.item() for value in values.aminmax())
-        if not smallest + damping > torch.finfo(values.dtype).eps * (largest + damping):
-            raise SingularMatrixError(
-                f"layer {name!r} has no inverse at hessian_regularization {damping:g}: its smallest eigenvalue is "
-                f"{smallest:.1e}, its largest {largest:.1e}. Raise it; a tenth of the mean eigenvalue, "
-                f"{values.mean().item() / 10:.1e}, is a usual choice."
+def _rotated(part: Any, q_out: Tensor, q_in: Tensor | None) -> Any:
+    """A factor, or matrices ``(n, groups, d_out, d_in)``, in the eigenbasis."""
+    if not isinstance(part, Factor):
+        return q_out.mT @ part if q_in is None else q_out.mT @ part @ q_in
+    inputs = part.inputs if q_in is None else _times(part.inputs, q_in)
+    return Factor(_times(part.gradients, q_out), inputs)
+
+
+def _times(vectors: Tensor, matrices: Tensor) -> Tensor:
+    """Vectors ``(n, T, groups, d)`` times the matrix of their group."""
+    if len(matrices) == 1:
+        return vectors @ matrices[0]
+    return torch.einsum("ntgd,gde->ntge", vectors, matrices)
+
+
+def _covariance(vectors: Tensor) -> Tensor:
+    """The sum of the outer products of vectors ``(n, T, groups, d)``: ``(groups, d, d)``."""
+    flat = vectors.flatten(0, 1).transpose(0, 1)
+    return flat.mT @ flat
+
+
+def _second_moments(rotated: Factor, d_out: int, d_in: int) -> Tensor:
+    """The sum over samples of the squared entries of their matrices: ``(groups, d_out, d_in)``."""
+    d, a = rotated.gradients, rotated.inputs
+    if rotated.is_one_hot:
+        # Positions of a sample at the same place add up before they are squared.
+        same = (a[:, :, None] == a[:, None, :]).to(d.dtype)
+        squares = (same @ d[:, :, 0]).square() / same.sum(2, keepdim=True)
+        total = d.new_zeros(d_in, d_out).index_add_(0, a.flatten(), squares.flatten(0, 1))
+        return total.T[None]
+    if rotated.positions == 1:  # squared entries of an outer product factor: no per-sample gradient is formed
+        return d[:, 0].square().transpose(0, 1).mT @ a[:, 0].square().transpose(0, 1)
+    groups = d.shape[2]
+    total = d.new_zeros(groups, d_out, d_in)
+    step = max(1, WORKSPACE // (2 * d.element_size() * total.numel()))
+    for start in range(0, len(d), step):
+        total += rotated[slice(start, start + step)].formed(d_in).square_().sum(0)
+    return total
+
+
+def _with_structure(problem: Problem, data: Data) -> Problem:
+    return problem if problem.structure.axes else problem.structured(data.rows(slice(0, 3)))
+
+
+def _check_covered(problem: Problem) -> None:
+    for name, why in problem.structure.dense.items():
+        raise UnsupportedLayerError(
+            f"parameter {name!r} is none of a linear layer, a convolution, an embedding or a normalisation, as far as "
+            f"can be seen ({why}): freeze it with requires_grad_(False), or use another method (DirectInfluence takes "
+            "any model)"
+        )
+    for name, unit in problem.structure.units.items():
+        sides = (unit.matrix.d_out, 0 if unit.kind == "one_hot" else unit.matrix.d_in)
+        if max(sides) > _MAX_SIDE:
+            raise UnsupportedLayerError(
+                f"parameter {name!r} has {max(sides):,} rows or columns: eigenvectors of that many are not computed. "
+                "Freeze it with requires_grad_(False), or use another method"
             )
 
 

@@ -24,7 +24,7 @@ from outfluence.errors import ProblemError, SingularMatrixError
 from outfluence.linalg import eigenpairs, nystroem
 from outfluence.modes import SecondOrderMode
 from outfluence.problem import Problem
-from outfluence.rows import CoordinateRows, DenseRows
+from outfluence.rows import CoordinateRows, DenseRows, GradientRows
 from outfluence.solvers import Inverse, Regularization, grouped, per_block
 
 
@@ -159,35 +159,38 @@ class LowRankInverse(Inverse):
         inverse._check()
         return inverse
 
-    def left(self, gradients: DenseRows) -> CoordinateRows:
+    def left(self, gradients: GradientRows) -> CoordinateRows:
         """Coordinates, weighted; and where the identity has a part, the gradients over lambda."""
         coordinates, identity = [], None
-        for block, rows in gradients.by_block().items():
+        for block, projected in self._projected(gradients).items():
             mu, damping = self.values[block], self.regularization[block]
             weight = 1 / (mu + damping)
             if self._beyond(block):
                 weight = -mu / damping * weight
-            coordinates.append((rows @ self.vectors[block]) * weight)
+            coordinates.append(projected * weight)
         if any(map(self._beyond, self.sections)):
-            values = torch.zeros_like(gradients.values)
-            for block, s in self.sections.items():
-                if self._beyond(block):
-                    values[:, s] = gradients.values[:, s] / self.regularization[block]
-            identity = gradients.with_arrays({"values": values})
+            identity = gradients.scaled(
+                {block: 1 / self.regularization[block] if self._beyond(block) else 0.0 for block in self.sections}
+            )
         return CoordinateRows(torch.cat(coordinates, dim=1), self._columns, identity)
 
-    def right(self, gradients: DenseRows) -> CoordinateRows:
+    def right(self, gradients: GradientRows) -> CoordinateRows:
         """Coordinates; and where the identity has a part, the gradients."""
-        coordinates = [rows @ self.vectors[block] for block, rows in gradients.by_block().items()]
+        coordinates = [*self._projected(gradients).values()]
         identity = gradients if any(map(self._beyond, self.sections)) else None
         return CoordinateRows(torch.cat(coordinates, dim=1), self._columns, identity)
+
+    def _projected(self, gradients: GradientRows) -> dict[str, Tensor]:
+        """The coordinates of gradients, per block."""
+        vectors = {block: v.T for block, v in self.vectors.items()}
+        return {block: products.T for block, products in gradients.multiplied_by_block(vectors).items()}
 
     def dense(self, left: CoordinateRows) -> DenseRows:
         """``(n, P)``, from coordinates back to parameters."""
         parts = [left.coordinates[:, s] @ self.vectors[block].T for block, s in self._columns.items()]
         values = torch.cat(parts, dim=1)
         if left.identity is not None:
-            values += left.identity.values
+            values += left.identity.dense().values
         return DenseRows(values, self.sections)
 
     @property
@@ -202,6 +205,11 @@ class LowRankInverse(Inverse):
         other = replace(self, regularization=dict(regularization))
         other._check()
         return other
+
+    @property
+    def in_basis(self) -> bool:
+        """They are."""
+        return True
 
     @property
     def tensors(self) -> dict[str, Tensor]:
