@@ -32,6 +32,7 @@ from outfluence import (
     DaskInfluenceCalculator,
     Data,
     EkfacInfluence,
+    InverseHarmonicMeanInfluence,
     NystroemSketchInfluence,
     SequentialInfluenceCalculator,
     open_history,
@@ -39,21 +40,17 @@ from outfluence import (
 
 MIB = 1 << 20
 
+#: Positions of the sequences of some cases: so many that forming a gradient takes fewer numbers than its factors.
+POSITIONS = 64
+NO_MATRIX = {"matrix": False, "top_k": 50, "bottom_k": 50}
 #: By name: features, width of the network, training and test samples, limit in MiB, method, mode, options.
 CASES = {
     "data 4x the limit": (8192, 4, 41_000, 20, 320, "arnoldi", "up", {"self_influences": True}),
     "result 8x the limit": (64, 32, 160_000, 4_200, 320, "arnoldi", "up", {}),
-    "dense rows, large": (256, 512, 6_000, 600, 640, "ekfac", "up", {"top_k": 20, "self_influences": True}),
-    "dense rows, no matrix": (
-        64,
-        64,
-        60_000,
-        1_000,
-        384,
-        "ekfac",
-        "up",
-        {"matrix": False, "top_k": 50, "bottom_k": 50},
-    ),
+    "dense rows": (POSITIONS * 32, 256, 8_000, 400, 640, "harmonic", "up", {"top_k": 20}),
+    "factored rows": (256, 512, 6_000, 600, 384, "ekfac", "up", {"top_k": 20, "self_influences": True}),
+    "factored rows, no matrix": (64, 64, 40_000, 1_000, 384, "ekfac", "up", NO_MATRIX),
+    "formed rows": (POSITIONS * 32, 256, 8_000, 400, 640, "ekfac positions", "up", {"keep_gradients": True}),
     "coordinate rows": (64, 128, 100_000, 1_000, 320, "arnoldi", "up", {"top_k": 20, "keep_gradients": True}),
     "coordinates and identity": (64, 128, 40_000, 500, 384, "nystroem", "up", {"self_influences": True}),
     "groups": (64, 64, 40_000, 2_000, 384, "ekfac", "up", {"matrix": False, "groups": True}),
@@ -74,14 +71,30 @@ def data(folder, n, features, seed):
     return Data.from_arrays(np.load(folder / f"x{seed}.npy", mmap_mode="r"), y, fingerprint=f"{n} {features} {seed}")
 
 
+class OverPositions(nn.Module):
+    """The same network at each position, and the mean of its outputs."""
+
+    def __init__(self, features, width):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(features // POSITIONS, width), nn.Tanh(), nn.Linear(width, 10))
+
+    def forward(self, x):
+        """Scores of classes, ``(n, 10)``."""
+        return self.layers(x.unflatten(1, (POSITIONS, -1))).mean(1)
+
+
 def influence(method, features, width):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(features, width), nn.Tanh(), nn.Linear(width, 10))
+    if method in ("harmonic", "ekfac positions"):
+        model = OverPositions(features, width)
     small = torch.randn(400, features), torch.randint(0, 10, (400,))
     loss, options = nn.functional.cross_entropy, {"second_order_mode": "gauss_newton"}
     return {
         "ekfac": EkfacInfluence(model, True, 1e-3),
         "arnoldi": ArnoldiInfluence(model, loss, 1e-3, rank=20, tol=1e-2, **options),
+        "ekfac positions": EkfacInfluence(model, True, 1e-3),
+        "harmonic": InverseHarmonicMeanInfluence(model, loss, 1e-3),
         "nystroem": NystroemSketchInfluence(model, loss, 1e-3, 20, **options),
     }[method].fit(small)
 

@@ -550,7 +550,7 @@ def _workplace(job: Job, executor: Executor, store: Store, callback: ProgressCal
         if isinstance(executor, DaskExecutor):
             recipe = _ship(replace(job, threads=threads), store)
             executor.check_path(str(recipe))
-            yield partial(_remotely, str(recipe), recipe.stat().st_mtime_ns)
+            yield partial(_remotely, str(recipe))
         else:
             torch.set_num_threads(threads)
             yield partial(_here, replace(job, baseline_bytes=resident_bytes()))
@@ -563,8 +563,8 @@ def _workplace(job: Job, executor: Executor, store: Store, callback: ProgressCal
             callback.close()
 
 
-def _remotely(recipe: str, version: int, function: Callable[..., Any], **options: Any) -> Callable[[int, int], Any]:
-    return partial(remote_task, recipe, version, partial(function, **options))
+def _remotely(recipe: str, function: Callable[..., Any], **options: Any) -> Callable[[int, int], Any]:
+    return partial(remote_task, recipe, partial(function, **options))
 
 
 def _here(job: Job, function: Callable[..., Any], **options: Any) -> Callable[[int, int], Any]:
@@ -666,7 +666,12 @@ def _ship(job: Job, store: Store) -> Path:
     fit = stored.pop("fit", None)
     if fit is not None:
         stored["model"] = job.model.reading(fit)
-    return store.put_file("recipe.pkl", cloudpickle.dumps(replace(job, **stored)))
+    content = cloudpickle.dumps(replace(job, **stored))
+    # Another name for each: a task of a client that was killed may still be under way, and must not read a later one.
+    name = f"{fingerprint(content)[:16]}.pkl"
+    file = store.put_file(f"recipe/{name}", content)
+    store.drop_files("recipe", keep=name)
+    return file
 
 
 def _begun_with(store: Store, model: InfluenceModel) -> InfluenceModel:

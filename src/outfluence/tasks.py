@@ -254,7 +254,7 @@ def _bytes_of(data: Data) -> int:
 Do = Callable[..., dict[str, Any]]
 
 
-def remote_task(recipe: str, version: int, do: Do, task: int, attempt: int = 0) -> dict[str, Any]:
+def remote_task(recipe: str, do: Do, task: int, attempt: int = 0) -> dict[str, Any]:
     """Do a task in a Dask worker, with the job that its store keeps.
 
     Raises:
@@ -267,7 +267,7 @@ def remote_task(recipe: str, version: int, do: Do, task: int, attempt: int = 0) 
         raise ClusterError(f"worker {worker.address} shares its process with another: start workers as processes")
     profile_worker(worker, False)
     try:
-        return do(job_from(recipe, version), task=task, attempt=attempt)
+        return do(job_from(recipe), task=task, attempt=attempt)
     finally:
         _BUSY.release()
 
@@ -277,7 +277,7 @@ _BUSY = threading.Lock()
 
 
 @lru_cache(maxsize=1)
-def job_from(recipe: str, version: int) -> Job:  # noqa: ARG001 - a rewritten recipe is another one
+def job_from(recipe: str) -> Job:
     """Read a job, once a process."""
     baseline = resident_bytes()  # before the model: the worker may have done other work before
     with Path(recipe).open("rb") as file:
