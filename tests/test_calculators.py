@@ -137,12 +137,19 @@ def test_every_method_through_stores(method, mode, tmp_path):
     dense = calculator.influence_factors(case.test).compute()
     same(dense, model.influence_factors(*case.test), 1e-8)
     stored = calculator.influence_factors(case.test).to_zarr(tmp_path / "f.zarr")
+    identity = {"factor_identity.output_gradients": 5 + 3, "factor_identity.inputs": 5 + 6}
     widths = {
         "arnoldi": {"factor_coordinates": 5},
-        "woodbury": {"factor_coordinates": 5, "factor_identity": 43},
-        "nystroem": {"factor_coordinates": 5, "factor_identity": 43},
-        # Of the head's three classes softmax leaves one direction free: ranks 10 of 15 and 2 of 3.
-        "blocks": {"factor_coordinates": 20 + 5 + 10 + 2, "factor_identity": 43},
+        "woodbury": {"factor_coordinates": 5, **identity},
+        "nystroem": {"factor_coordinates": 5, **identity},
+        # Of the head's three classes softmax leaves one direction free: ranks 10 of 15 and 2 of 3. Weight and bias are
+        # in different blocks, so that biases are apart.
+        "blocks": {
+            "factor_coordinates": 20 + 5 + 10 + 2,
+            "factor_identity.formed": 5 + 3,
+            "factor_identity.output_gradients": 5 + 3,
+            "factor_identity.inputs": 4 + 5,
+        },
     }.get(method, {"factors": 43})
     assert {name: array.shape for name, array in stored.data_vars.items()} == {n: (7, w) for n, w in widths.items()}
     for factors in (dense, stored):
@@ -306,9 +313,10 @@ def test_stored_factors_are_used_and_not_computed_again(monkeypatch, tmp_path):
     calculator = SequentialInfluenceCalculator(model)
     expected = model.influences(*case.test, *case.train).numpy()
     dataset = calculator.influence_factors(case.test).to_zarr(tmp_path / "factors.zarr")
-    assert list(dataset.data_vars) == ["factors"]
+    assert sorted(dataset.data_vars) == ["factor_inputs", "factor_output_gradients"]
+    dense = calculator.influence_factors(case.test).compute()
     counts = counted(monkeypatch)
-    for factors in (dataset, dataset["factors"], dataset["factors"].values, dataset["factors"].data):
+    for factors in (dataset, dense, torch.from_numpy(dense), da.from_array(dense)):
         same(calculator.influences_from_factors(factors, case.train).compute(), expected)
     assert counts["factors"] == 0
 
@@ -360,7 +368,7 @@ def run_both(client, model, test, train, tmp_path, mode="up"):
         calculator.influences(test, train, **arguments).to_zarr(tmp_path / f"{i}.zarr").load()
         for i, calculator in enumerate((SequentialInfluenceCalculator(model), DaskInfluenceCalculator(model, client)))
     )
-    for name in ("scores", "self_influences", "factors"):
+    for name in ("scores", "self_influences", "factor_inputs", "factor_output_gradients"):
         same(dask[name], sequential[name], 1e-6)
     return dask
 
@@ -589,11 +597,11 @@ def test_a_finished_task_is_not_done_again(mlp32, tmp_path):
 @pytest.mark.parametrize(("n_test", "holds"), [(60, True), (600, False)])
 def test_the_measured_peak_is_below_the_projected_one(fresh_client, tmp_path, n_test, holds):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(300, 600), nn.ReLU(), nn.Linear(600, 5))  # rows of 735 KiB
+    model = nn.Sequential(nn.Linear(300, 600), nn.ReLU(), nn.Linear(600, 5))  # factors of 717 KiB
     train = torch.randn(300, 300), torch.randint(0, 5, (300,))
     test = torch.randn(n_test, 300), torch.randint(0, 5, (n_test,))
-    calculator = DaskInfluenceCalculator(EkfacInfluence(model, True, 1e-2).fit(train), fresh_client)
-    lazy = calculator.influences(test, train, self_influences=True, memory_limit="450MiB")
+    influence = InverseHarmonicMeanInfluence(model, F.cross_entropy, 1e-2).fit(train)
+    lazy = DaskInfluenceCalculator(influence, fresh_client).influences(test, train, memory_limit="450MiB")
     assert lazy.plan.holds_factors == holds
     lazy.to_zarr(tmp_path / "a.zarr")
     for stage in lazy.plan.stages:
@@ -653,7 +661,7 @@ def test_a_store_is_not_replaced_by_what_is_made_from_it(mlp32, tmp_path):
     factors = calculator.influence_factors(test).to_zarr(tmp_path / "a.zarr")
     with pytest.raises(StoreMismatchError, match="holds factors or data that the new store is to be made from"):
         calculator.influences_from_factors(factors, train).to_zarr(tmp_path / "a.zarr", overwrite=True)
-    same(open_influences(tmp_path / "a.zarr")["factors"], model.influence_factors(*test), 1e-6)
+    same(open_influences(tmp_path / "a.zarr")["factor_inputs"], factors["factor_inputs"], 0.0)
     assert os.listdir(tmp_path) == ["a.zarr"]
 
 

@@ -176,7 +176,7 @@ def test_a_damaged_fit_is_refused_and_made_anew(tmp_path):
     model, train = mlp()
     path = tmp_path / "fit.zarr"
     whole = SequentialInfluenceCalculator(ekfac(model)).fit(train, path).inverse.tensors
-    chunk = next(file for file in (path / "inverse").rglob("c/*/*") if file.stat().st_size > 1000)
+    chunk = next(file for file in (path / "inverse").rglob("c/**/*") if file.is_file() and file.stat().st_size > 1000)
     content = bytearray(chunk.read_bytes())
     content[500] ^= 1
     chunk.write_bytes(content)
@@ -190,7 +190,7 @@ def test_a_damaged_fit_is_made_anew_in_other_batches(tmp_path):
     model, train = mlp(320)
     path = tmp_path / "fit.zarr"
     whole = SequentialInfluenceCalculator(ekfac(model)).fit(Data.of(train).in_batches(8), path).inverse.tensors
-    next(file for file in (path / "inverse").rglob("c/0/*")).unlink()
+    next(file for file in (path / "inverse").rglob("c/**/0") if file.is_file()).unlink()
     with pytest.raises(StoreError, match="damaged"):
         SequentialInfluenceCalculator(ekfac(model)).fit(train, path)
     again = SequentialInfluenceCalculator(ekfac(model)).fit(Data.of(train).in_batches(300), path).inverse.tensors

@@ -355,7 +355,7 @@ def test_arnoldi_of_low_rank(woodbury):
     assert rows.coordinates.shape == (7, 5)
     of_gradients = {f"identity.{n}": (0, a.shape[1]) for n, a in model.gradient_rows(*case.test).arrays.items()}
     assert (rows.identity is None) == (not woodbury)
-    assert {name: tuple(a.shape) for name, a in model.empty_left().arrays.items()} == (
+    assert {name: tuple(a.shape) for name, a in model.inverse.left(model.empty_gradients()).arrays.items()} == (
         {"coordinates": (0, 5)} | (of_gradients if woodbury else {})
     )
 

@@ -30,8 +30,8 @@ def open_influences(path: str | os.PathLike[str]) -> xr.Dataset:
         As far as the store has them: ``scores (test, train, ...)``, ``self_influences (train,)``, ``top_scores`` and
         ``top_train (test, top_rank)``, ``bottom_scores`` and ``bottom_train (test, bottom_rank)``,
         ``group_means (group, train, ...)``, ``factors (test, parameter)``, ``gradients (train, parameter)``; of
-        low-rank methods ``factor_coordinates (test, coordinate)`` and ``factor_identity (test, parameter)`` instead,
-        and so for gradients.
+        methods whose factors are kept in fewer numbers the arrays of these instead (``factor_coordinates (test,
+        coordinate)``, ``factor_inputs (test, test_input)``, ...; docs/format.md lists them), and so for gradients.
 
     Raises:
         StoreError: if there is no store.

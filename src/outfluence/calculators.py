@@ -32,7 +32,7 @@ from distributed import Client
 
 from outfluence import fitting, tasks
 from outfluence.analysis import open_influences
-from outfluence.data import Batch, Data, DataLike, to_numpy, tree_map
+from outfluence.data import Data, DataLike, to_numpy
 from outfluence.errors import (
     ClusterError,
     ConvergenceWarning,
@@ -59,7 +59,7 @@ from outfluence.influence import InfluenceModel
 from outfluence.modes import InfluenceMode
 from outfluence.plan import Plan, Stage, make_plan, parse_bytes
 from outfluence.progress import Bars, ProgressCallback, Tracker, as_callback
-from outfluence.rows import Rows
+from outfluence.rows import GradientRows, Rows
 from outfluence.store import ArraySpec, Store
 from outfluence.tasks import (
     CANDIDATES,
@@ -328,7 +328,7 @@ class InfluenceCalculator(ABC):
             if data is not None:
                 self.model.check(data, whose)
         limit = parse_bytes(memory_limit) if memory_limit is not None else self._default_limit()
-        job = replace(job, test_sample=_sample(job.test), train_sample=_sample(job.train))
+        job = replace(job, test_gradients=self._empty(job.test), train_gradients=self._empty(job.train))
         plan = make_plan(job.work(), limit, test_chunk=test_chunk, train_chunk=train_chunk)
         asked = {"test_chunk": test_chunk, "train_chunk": train_chunk}
         return LazyInfluences(
@@ -337,6 +337,10 @@ class InfluenceCalculator(ABC):
 
     def _default_limit(self) -> int:
         return int(psutil.virtual_memory().total) // 2
+
+    def _empty(self, data: Data | None) -> GradientRows | None:
+        """Gradients of none of its samples; their shapes depend on those of the samples."""
+        return None if data is None else self.model.empty_gradients(data.rows(slice(0, 1)))
 
 
 @final
@@ -925,7 +929,7 @@ def _wanted(
 
 def _factor_data(factors: Any, model: InfluenceModel) -> Data:
     """Factors as data whose x is the values, or a dict of the arrays of another kind of rows."""
-    wanted = model.empty_left().arrays
+    wanted = model.inverse.left(model.empty_gradients()).arrays
     if isinstance(factors, xr.Dataset):
         names = {f"factor_{name}": name for name in wanted}
         if "factors" in factors:
@@ -949,11 +953,6 @@ def _factor_data(factors: Any, model: InfluenceModel) -> Data:
             f"{', '.join(map(str, x.shape[1:]))})"
         )
     return data
-
-
-def _sample(data: Data | None) -> Batch | None:
-    """The first sample, and nothing else: a slice would pickle what it was cut from."""
-    return None if data is None else Batch(*(tree_map(torch.clone, part) for part in data.rows(slice(0, 1))))
 
 
 def _text(samples: slice) -> str:

@@ -314,11 +314,6 @@ class InfluenceModel:
         gradients = self.gradient_rows(*like)
         return gradients.with_arrays({name: array[:0].clone() for name, array in gradients.arrays.items()})
 
-    def empty_left(self, like: Batch | None = None) -> Rows:
-        """Left rows of no samples; see `empty_gradients`."""
-        rows: Rows = self.inverse.left(self.empty_gradients(like))
-        return rows
-
     def as_rows(self, factors: Tensor) -> DenseRows:
         """Influence factors ``(n, P)`` as left rows.
 

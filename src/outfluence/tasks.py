@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from outfluence.analysis import first_of
 from outfluence.curvature import VECTORS
-from outfluence.data import Batch, Data, to_numpy, tree_leaves, tree_map
+from outfluence.data import Data, to_numpy, tree_leaves, tree_map
 from outfluence.errors import ClusterError, ConvergenceWarning, DataError, StoreError
 from outfluence.executors import KILLED, profile_worker
 from outfluence.fingerprint import fingerprint
@@ -42,7 +42,7 @@ from outfluence.influence import InfluenceModel
 from outfluence.modes import InfluenceMode
 from outfluence.plan import ACTIVATION_COPIES, Costs, Plan, Work
 from outfluence.problem import DIRECTIONS
-from outfluence.rows import WORKSPACE, DenseRows, GradientRows, Rows, check_finite
+from outfluence.rows import WORKSPACE, DenseRows, FactoredRows, GradientRows, Rows, check_finite
 from outfluence.store import Store
 
 #: Where the arrays of left rows, scores, self-influences, means of groups and right rows are in a store.
@@ -112,8 +112,8 @@ class Job:
         store_id: of that store.
         threads: that torch is to use; None: as it is.
         baseline_bytes: what the process took before.
-        test_sample: one of the test samples; None where there are only factors.
-        train_sample: one of the training samples; None where there are only gradients.
+        test_gradients: of no test samples: what they consist of; None where there are only factors.
+        train_gradients: of no training samples; None where there are only gradients that were kept.
     """
 
     model: InfluenceModel
@@ -128,8 +128,8 @@ class Job:
     store_id: str = ""
     threads: int | None = None
     baseline_bytes: int = 0
-    test_sample: Batch | None = None
-    train_sample: Batch | None = None
+    test_gradients: GradientRows | None = None
+    train_gradients: GradientRows | None = None
 
     @property
     def data(self) -> dict[str, Data]:
@@ -152,12 +152,15 @@ class Job:
         """Left rows of no samples: what arrays they consist of."""
         if self.factors is not None and isinstance(self.factors.rows(slice(0, 1)).x, Tensor):
             return self.model.as_rows(torch.zeros(0, self.model.n_parameters))
-        return self.model.empty_left(self.test_sample if self.test is not None else self.train_sample)
+        rows: Rows = self.model.inverse.left(self._gradients(self.test_gradients, self.train_gradients))
+        return rows
 
     def right_rows(self) -> Rows:
         """Right rows of no samples."""
-        sample = self.train_sample if self.train is not None else self.test_sample
-        return self.model.right_rows(self.model.empty_gradients(sample), self.left_rows())
+        return self.model.right_rows(self._gradients(self.train_gradients, self.test_gradients), self.left_rows())
+
+    def _gradients(self, *known: GradientRows | None) -> GradientRows:
+        return next((rows for rows in known if rows is not None), self.model.empty_gradients())
 
     def in_batches(self, size: int) -> Job:
         """This job with other batches."""
@@ -200,9 +203,11 @@ class Job:
             else 0
         )
         left, right = self.left_rows(), self.right_rows()
-        gradients = self.model.empty_gradients(self.train_sample or self.test_sample)
+        gradients = self._gradients(self.train_gradients, self.test_gradients)
         is_factored = not all(isinstance(rows, DenseRows) for rows in (left, right, gradients))
         inverse = sum(t.nbytes for t in self.model.inverse.tensors.values())
+        if isinstance(left, FactoredRows):
+            inverse += sum(weight.nbytes for weight in left.weights.values())
         buffers = sum(b.nbytes for b in self.model.problem.model.buffers())
         return Work(
             n_test=len(n_rows) if n_rows is not None else 0,

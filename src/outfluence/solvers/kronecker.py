@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -130,8 +131,8 @@ class MomentSum:
         for total in self._labelled(recording.output, batch, start):
             first = not sums
             for name, factor in recording.factors(total).items():
-                check_finite(factor.inputs, f"inputs of layer {name!r}", "training", start)
-                check_finite(factor.gradients, f"output gradients of layer {name!r}", "training", start)
+                check_finite(factor.inputs, f"inputs of layer {self._block(name)!r}", "training", start)
+                check_finite(factor.gradients, f"output gradients of layer {self._block(name)!r}", "training", start)
                 if self.vectors is not None:
                     rotated = _rotated(factor, *self.vectors[name])
                     add_to(sums, {name: _second_moments(rotated, *self._shape(name))})
@@ -140,6 +141,9 @@ class MomentSum:
                 if first:
                     sums[f"in/{name}"] = self._of_inputs(name, factor)
         return sums
+
+    def _block(self, name: str) -> str:
+        return self.problem.structure.units[name].matrix.block
 
     def _shape(self, name: str) -> tuple[int, int]:
         matrix = self.problem.structure.units[name].matrix
@@ -186,7 +190,7 @@ class KroneckerInverse(Inverse):
 
     def left(self, gradients: GradientRows) -> FactoredRows:
         """Gradients in the eigenbasis, and ``R = 1 / (Lambda + lambda)`` beside them."""
-        return self._rows(gradients, {name: 1 / self._damped(name) for name in self.units})
+        return self._rows(gradients, self._weights)
 
     def right(self, gradients: GradientRows) -> FactoredRows:
         """Gradients in the eigenbasis."""
@@ -275,8 +279,14 @@ class KroneckerInverse(Inverse):
                     f"{values.mean().item() / 10:.1e}, is a usual choice."
                 )
 
-    def _damped(self, name: str) -> Tensor:
-        return self.eigenvalues[name] + self.regularization[self.units[name].matrix.block]
+    @cached_property
+    def _weights(self) -> dict[str, Tensor]:
+        """R by unit; all rows share it."""
+        blocks = {name: unit.matrix.block for name, unit in self.units.items()}
+        return {name: 1 / (values + self.regularization[blocks[name]]) for name, values in self.eigenvalues.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_weights"}
 
     def _rows(self, gradients: GradientRows, weights: Mapping[str, Tensor] | None) -> FactoredRows:
         parts = {
@@ -286,9 +296,8 @@ class KroneckerInverse(Inverse):
         return FactoredRows.of(parts, matrices, self.sections, weights)
 
     def _weighted(self, rows: FactoredRows) -> FactoredRows:
-        weights = {name: 1 / self._damped(name) for name in self.units}
         parts = {name: rows.part(name) for name in self.units}
-        return FactoredRows.of(parts, rows.matrices, rows.sections, weights)
+        return FactoredRows.of(parts, rows.matrices, rows.sections, self._weights)
 
     def _back(self, name: str, matrices: Tensor) -> Tensor:
         q_out, q_in = self.vectors[name]
