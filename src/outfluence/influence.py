@@ -269,7 +269,9 @@ class InfluenceModel:
             NonFiniteError: with the index of the sample.
         """
         self._check_unchanged()
-        rows = self.problem.gradients(*_tensors((x, y)))
+        takes_factors = self._inverse is not None and self._inverse.takes_factors
+        x, y = _tensors((x, y))
+        rows = self.problem.gradients(x, y, compact=not takes_factors)
         for array in rows.arrays.values():
             check_finite(array, "gradients", samples, start)
         return rows
@@ -291,7 +293,7 @@ class InfluenceModel:
 
     def right_rows(self, gradients: GradientRows, left: Rows | None = None) -> Rows:
         """Right rows of samples, from their gradients: for left rows of `left_rows`, or for those of `as_rows`."""
-        rows: Rows = gradients if isinstance(left, DenseRows) else self.inverse.right(gradients)
+        rows: Rows = gradients.compact() if isinstance(left, DenseRows) else self.inverse.right(gradients)
         return rows
 
     def dense(self, left: Rows) -> DenseRows:

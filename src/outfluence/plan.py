@@ -37,8 +37,8 @@ _BLOCK_COPIES = 4
 _TILE_COPIES = 3
 #: Chunks no larger than this: enough for matrix products to be fast, and for chunk files of some 16 MiB.
 _MAX_TEST, _MAX_TRAIN, _MAX_BATCH = 1024, 4096, 256
-#: Small jobs are cut at least so often, to share the work and to lose little.
-_MIN_TEST_TASKS, _MIN_TRAIN_TASKS = 4, 16
+#: Small jobs are cut at least so often, to share the work and to lose little; but not into chunks smaller than this.
+_MIN_TEST_TASKS, _MIN_TRAIN_TASKS, _MIN_CHUNK = 4, 16, 128
 #: More strips than this are joined, several chunks a task: a scheduler has better things to do.
 _MAX_STRIPS = 20_000
 #: Bytes of a score's position among the training samples.
@@ -561,7 +561,7 @@ def parse_bytes(text: str | int) -> int:
 
 
 def _first_size(n: int, min_tasks: int, largest: int) -> int:
-    return max(1, min(largest, max(-(-n // min_tasks), 64)))
+    return max(1, min(largest, max(-(-n // min_tasks), _MIN_CHUNK)))
 
 
 def _halved(sizes: dict[str, Any], name: str) -> dict[str, Any]:

@@ -166,8 +166,14 @@ class Problem:
             losses: Tensor = vmap(loss, in_dims=(0, None if y is None else 0))(output, y)
             return losses.sum()
 
-    def gradients(self, x: Tree, y: Tree) -> GradientRows:
-        """Gradients of each sample's loss: factored as far as is known how (`structured`), and saves anything."""
+    def gradients(self, x: Tree, y: Tree, compact: bool = True) -> GradientRows:
+        """Gradients of each sample's loss, factored as far as is known how (`structured`).
+
+        Args:
+            x: inputs.
+            y: labels.
+            compact: form those that take fewer numbers when they are formed.
+        """
         if not self.structure.units:
             return DenseRows(self.block_gradients(x, y, self.names), self.sections)
         recording = self.record(x)
@@ -179,8 +185,8 @@ class Problem:
                 block, where = columns[name]
                 matrices[name] = Matrix(block, 1, math.prod(values.shape[1:]), 1, where)
                 parts[name] = values.flatten(1)[:, None, :, None] if values.ndim > 1 else values[:, None, None, None]
-        rows = FactoredRows.of(parts, matrices, self.sections)
-        return rows if rows.factors else rows.dense()
+        rows = FactoredRows.of(parts, matrices, self.sections, form=False)
+        return rows.compact() if compact else rows
 
     def record(self, x: Tree) -> Recording:
         """Run a batch through the model, and keep what gradients are made of; see `layers`.

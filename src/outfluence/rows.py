@@ -19,6 +19,8 @@ from outfluence.errors import NonFiniteError
 WORKSPACE = 32 << 20
 #: Samples of the left and of the right rows that are multiplied at a time, where what is formed fits.
 _LEFT, _RIGHT = 1024, 4096
+#: How many times fewer numbers factors of several positions must take to be kept: each product of rows forms them.
+_SAVING = 4
 #: What an entry of a small matrix of positions costs beside the products that it is the sum of.
 _ENTRY = 32
 
@@ -94,6 +96,10 @@ class DenseRows:
         return replace(self, values=values)
 
     def dense(self) -> DenseRows:
+        """These."""
+        return self
+
+    def compact(self) -> DenseRows:
         """These."""
         return self
 
@@ -204,10 +210,11 @@ class Factor:
         return d.permute(0, 2, 3, 1) @ a.transpose(1, 2)
 
     def is_smaller(self, matrix: Matrix) -> bool:
-        """Whether the sides take fewer numbers than the matrices."""
+        """Whether the sides take so many fewer numbers than the matrices that it pays to form these when needed."""
         if self.is_one_hot:
             return self.positions * (matrix.d_out + 1) < matrix.size
-        return self.positions * matrix.groups * (matrix.d_out + matrix.d_in) < matrix.size
+        saving = 1 if self.positions == 1 else _SAVING
+        return saving * self.positions * matrix.groups * (matrix.d_out + matrix.d_in) < matrix.size
 
 
 @dataclass(frozen=True)
@@ -238,17 +245,23 @@ class FactoredRows:
         matrices: Mapping[str, Matrix],
         sections: Mapping[str, slice],
         weights: Mapping[str, Tensor] | None = None,
+        form: bool = True,
     ) -> Self:
-        """From factors, or matrices ``(n, groups, d_out, d_in)``; factors are multiplied where that saves numbers.
+        """From factors, or matrices ``(n, groups, d_out, d_in)``.
 
-        With weights these are multiplied into what is formed, and into factors that are one-hot.
+        Args:
+            parts: by name.
+            matrices: what they are.
+            sections: see the class.
+            weights: multiplied into what is formed, and into factors that are one-hot; kept for the others.
+            form: multiply factors where that saves numbers.
         """
         factors, formed, columns, start = {}, [], {}, 0
         n, like = _length_of(parts)
         left = {}
         for name, part in parts.items():
             weight, matrix = (weights or {}).get(name), matrices[name]
-            if isinstance(part, Factor) and part.is_smaller(matrix):
+            if isinstance(part, Factor) and (not form or part.is_smaller(matrix)):
                 if weight is not None and part.is_one_hot:  # (V, d_out) at the places
                     at_places = weight[0].T[part.inputs]
                     factors[name] = Factor(part.gradients * at_places[:, :, None], part.inputs)
@@ -263,6 +276,12 @@ class FactoredRows:
             start += matrix.size
         together = formed[0] if len(formed) == 1 else torch.cat(formed, dim=1) if formed else like.new_zeros(n, 0)
         return cls(factors, together, columns, matrices, sections, left)
+
+    def compact(self) -> DenseRows | Self:
+        """The same in the fewest numbers."""
+        parts = {name: self.part(name) for name in self.matrices}
+        rows = type(self).of(parts, self.matrices, self.sections)
+        return rows if rows.factors else rows.dense()
 
     def __len__(self) -> int:
         return self.formed.shape[0]

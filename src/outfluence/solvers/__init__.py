@@ -69,6 +69,11 @@ class Inverse(ABC):
         """This inverse with other tensors of the same names."""
 
     @property
+    def takes_factors(self) -> bool:
+        """Whether it makes use of the factors of gradients also where the gradients themselves are smaller."""
+        return False
+
+    @property
     def in_basis(self) -> bool:
         """Whether rows are numbers in a basis that belongs to this very fit."""
         return False

@@ -6,7 +6,8 @@ and an embedding (a has a single one). K-FAC (Martens & Grosse 2015) takes the F
 ``E[d d^T] (x) E[a a^T]``; with positions, ``G = sum_nt d d^T / N`` and ``A = sum_nt a a^T / (N T)`` ("expand",
 Eschenhagen et al. 2023). EK-FAC (George et al. 2018) keeps the eigenvectors and replaces the products of eigenvalues
 by the second moments of the gradients in that basis, which are exact. The A of an embedding is diagonal. The parameters
-of a normalisation, and a bias alone, are a matrix of one column, whose a is one: their block of the Fisher is exact.
+of a normalisation, and a bias alone, are a matrix of one column, whose a is one: their block of the Fisher is exact
+(of vectors of more than a thousand entries its diagonal is).
 
 In the eigenbasis ``Q_out^T d_t`` and ``Q_in^T a_t`` are factors of a gradient too, and a score is the sum over the
 entries of left times right times ``R = 1 / (Lambda + lambda)``: rows are kept as factors.
@@ -32,8 +33,12 @@ from outfluence.problem import Problem
 from outfluence.rows import WORKSPACE, DenseRows, Factor, FactoredRows, GradientRows, check_finite
 from outfluence.solvers import Inverse, Regularization, grouped, per_block
 
-#: Largest matrix whose eigenvectors are computed.
-_MAX_SIDE = 20_000
+#: Largest matrix of a layer, and of a vector, whose eigenvectors are computed.
+_MAX_SIDE, _MAX_VECTOR = 20_000, 1024
+
+
+#: Eigenvectors of the outputs and of the inputs of a unit, ``(groups, d, d)``; None: the identity.
+Basis = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -75,9 +80,11 @@ class KroneckerSolver:
         sums = data.total(moments, "covariances" if self.progress else None)
         bases = {}
         for name, unit in problem.structure.units.items():
-            inputs = sums[f"in/{name}"] / len(data)
-            one_hot = (inputs, None) if unit.kind == "one_hot" else _eigh(inputs)
-            bases[name] = (_eigh(sums[f"out/{name}"] / len(data)), one_hot)
+            out, inputs = sums[f"out/{name}"] / len(data), sums[f"in/{name}"] / len(data)
+            bases[name] = (
+                (out, None) if _is_diagonal(unit) else _eigh(out),
+                (inputs, None) if unit.kind == "one_hot" else _eigh(inputs),
+            )
         vectors = {name: (g[1], a[1]) for name, (g, a) in bases.items()}
         if self.update_diagonal:
             sums = data.total(replace(moments, vectors=vectors), "eigenvalues" if self.progress else None)
@@ -92,7 +99,7 @@ class KroneckerSolver:
         """See `Solver`."""
         problem = _with_structure(problem, data)
         units, parts = problem.structure.units, grouped(tensors)
-        vectors = {name: (parts["out"][name], parts["in"].get(name)) for name in units}
+        vectors = {name: (parts["out"].get(name), parts["in"].get(name)) for name in units}
         regularization = per_block(self.regularization, problem)
         return KroneckerInverse(units, problem.sections, vectors, parts["eigenvalues"], regularization)
 
@@ -118,7 +125,7 @@ class MomentSum:
     likelihood: Likelihood | None
     fisher: FisherMode
     seed: int
-    vectors: Mapping[str, tuple[Tensor, Tensor | None]] | None = None
+    vectors: Mapping[str, Basis] | None = None
 
     @property
     def copies(self) -> tuple[int, int, int]:
@@ -137,7 +144,9 @@ class MomentSum:
                     rotated = _rotated(factor, *self.vectors[name])
                     add_to(sums, {name: _second_moments(rotated, *self._shape(name))})
                     continue
-                add_to(sums, {f"out/{name}": _covariance(factor.gradients)})
+                d = factor.gradients
+                is_diagonal = _is_diagonal(self.problem.structure.units[name])
+                add_to(sums, {f"out/{name}": d.square().sum((0, 1)) if is_diagonal else _covariance(d)})
                 if first:
                     sums[f"in/{name}"] = self._of_inputs(name, factor)
         return sums
@@ -177,14 +186,14 @@ class KroneckerInverse(Inverse):
         units: the layers, or parameters, that are each a matrix.
         sections: for each block, in order, its columns in a gradient.
         vectors: by unit ``Q_out (groups, d_out, d_out)`` and ``Q_in (groups, d_in, d_in)``, eigenvectors as columns;
-            ``Q_in`` is None where it is the identity.
+            None where it is the identity.
         eigenvalues: Lambda, by unit ``(groups, d_out, d_in)``.
         regularization: lambda, per block.
     """
 
     units: Mapping[str, Unit]
     sections: Mapping[str, slice]
-    vectors: Mapping[str, tuple[Tensor, Tensor | None]]
+    vectors: Mapping[str, Basis]
     eigenvalues: Mapping[str, Tensor]
     regularization: Mapping[str, float]
 
@@ -240,6 +249,11 @@ class KroneckerInverse(Inverse):
         return other
 
     @property
+    def takes_factors(self) -> bool:
+        """They are rotated before they are multiplied."""
+        return True
+
+    @property
     def in_basis(self) -> bool:
         """They are."""
         return True
@@ -249,16 +263,14 @@ class KroneckerInverse(Inverse):
         """Eigenvectors and eigenvalues."""
         named = {f"eigenvalues/{name}": value for name, value in self.eigenvalues.items()}
         for name, (q_out, q_in) in self.vectors.items():
-            named[f"out/{name}"] = q_out
-            if q_in is not None:
-                named[f"in/{name}"] = q_in
+            named |= {f"{side}/{name}": q for side, q in (("out", q_out), ("in", q_in)) if q is not None}
         return named
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
         """See `Inverse`."""
         return replace(
             self,
-            vectors={name: (tensors[f"out/{name}"], tensors.get(f"in/{name}")) for name in self.units},
+            vectors={name: (tensors.get(f"out/{name}"), tensors.get(f"in/{name}")) for name in self.units},
             eigenvalues={name: tensors[f"eigenvalues/{name}"] for name in self.units},
         )
 
@@ -301,19 +313,22 @@ class KroneckerInverse(Inverse):
 
     def _back(self, name: str, matrices: Tensor) -> Tensor:
         q_out, q_in = self.vectors[name]
-        return q_out @ matrices if q_in is None else q_out @ matrices @ q_in.mT
+        matrices = matrices if q_out is None else q_out @ matrices
+        return matrices if q_in is None else matrices @ q_in.mT
 
 
-def _rotated(part: Any, q_out: Tensor, q_in: Tensor | None) -> Any:
+def _rotated(part: Any, q_out: Tensor | None, q_in: Tensor | None) -> Any:
     """A factor, or matrices ``(n, groups, d_out, d_in)``, in the eigenbasis."""
     if not isinstance(part, Factor):
-        return q_out.mT @ part if q_in is None else q_out.mT @ part @ q_in
-    inputs = part.inputs if q_in is None else _times(part.inputs, q_in)
-    return Factor(_times(part.gradients, q_out), inputs)
+        part = part if q_out is None else q_out.mT @ part
+        return part if q_in is None else part @ q_in
+    return Factor(_times(part.gradients, q_out), _times(part.inputs, q_in))
 
 
-def _times(vectors: Tensor, matrices: Tensor) -> Tensor:
+def _times(vectors: Tensor, matrices: Tensor | None) -> Tensor:
     """Vectors ``(n, T, groups, d)`` times the matrix of their group."""
+    if matrices is None:
+        return vectors
     if len(matrices) == 1:
         return vectors @ matrices[0]
     return torch.einsum("ntgd,gde->ntge", vectors, matrices)
@@ -344,6 +359,11 @@ def _second_moments(rotated: Factor, d_out: int, d_in: int) -> Tensor:
     return total
 
 
+def _is_diagonal(unit: Unit) -> bool:
+    """Whether the Fisher of the outputs is taken to be diagonal."""
+    return unit.is_vector and unit.matrix.d_out > _MAX_VECTOR
+
+
 def _with_structure(problem: Problem, data: Data) -> Problem:
     return problem if problem.structure.axes else problem.structured(data.rows(slice(0, 3)))
 
@@ -357,7 +377,7 @@ def _check_covered(problem: Problem) -> None:
         )
     for name, unit in problem.structure.units.items():
         sides = (unit.matrix.d_out, 0 if unit.kind == "one_hot" else unit.matrix.d_in)
-        if max(sides) > _MAX_SIDE:
+        if max(sides) > _MAX_SIDE and not _is_diagonal(unit):
             raise UnsupportedLayerError(
                 f"parameter {name!r} has {max(sides):,} rows or columns: eigenvectors of that many are not computed. "
                 "Freeze it with requires_grad_(False), or use another method"
