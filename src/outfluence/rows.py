@@ -269,7 +269,7 @@ class FactoredRows:
 
     @property
     def arrays(self) -> dict[str, Tensor]:
-        """See `Rows`: ``formed``, and side by side the ``output_gradients``, ``inputs`` and ``places`` of the factors."""
+        """See `Rows`: ``formed``; and side by side the ``output_gradients``, ``inputs`` and ``places`` of factors."""
         arrays = {"formed": self.formed} if self.columns else {}
         for name, parts in self._kinds().items():
             if parts:
