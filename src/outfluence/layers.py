@@ -137,7 +137,10 @@ class Recorder(TorchFunctionMode):
                 return result
         uses: list[Use] = []
         if func in _KNOWN and torch.is_grad_enabled():
-            uses = _KNOWN[func](self._name, *args, **kwargs)
+            try:
+                uses = _KNOWN[func](self._name, *args, **kwargs)
+            except TypeError:  # other arguments than are known here
+                uses = []
         result = func(*args, **kwargs)
         if isinstance(result, Tensor) and id(result) in self._names:
             return result  # nothing was done to it: weight.to(its own type)
@@ -508,8 +511,8 @@ _BROADCAST = (-1_000_000,)
 _ATTENTION = inspect.signature(F.multi_head_attention_forward)
 
 
-def _linear(name: _Name, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[Use]:
-    return _affine(name, x, weight, bias, transposed=False)
+def _linear(name: _Name, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[Use]:
+    return _affine(name, input, weight, bias, transposed=False)
 
 
 def _affine(name: _Name, x: Tensor, weight: Tensor, bias: Any, transposed: bool) -> list[Use]:
@@ -521,19 +524,23 @@ def _affine(name: _Name, x: Tensor, weight: Tensor, bias: Any, transposed: bool)
     return [] if name(x) else uses
 
 
-def _addmm(name: _Name, bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> list[Use]:
-    if (beta, alpha) != (1, 1) or bias.ndim != 1:
+def _addmm(name: _Name, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> list[Use]:
+    if (beta, alpha) != (1, 1) or input.ndim != 1:
         return []
-    return _affine(name, x, weight, bias, transposed=True)
+    return _affine(name, mat1, mat2, input, transposed=True)
 
 
-def _matmul(name: _Name, x: Tensor, weight: Tensor) -> list[Use]:
-    return _affine(name, x, weight, None, transposed=True) if weight.ndim == 2 and x.ndim >= 2 else []
+def _matmul(name: _Name, input: Tensor, other: Tensor) -> list[Use]:
+    return _affine(name, input, other, None, transposed=True) if other.ndim == 2 and input.ndim >= 2 else []
+
+
+def _mm(name: _Name, input: Tensor, mat2: Tensor) -> list[Use]:
+    return _matmul(name, input, mat2)
 
 
 def _conv(
     name: _Name,
-    x: Tensor,
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Any = 1,
@@ -541,9 +548,9 @@ def _conv(
     dilation: Any = 1,
     groups: int = 1,
 ) -> list[Use]:
-    if x.ndim != weight.ndim or name(x):
+    if input.ndim != weight.ndim or name(input):
         return []
-    uses, b, fixed = [], name(bias), x.detach()
+    uses, b, fixed = [], name(bias), input.detach()
     if (w := name(weight)) is not None:
         kernel = tuple(weight.shape[2:])
 
@@ -642,17 +649,17 @@ def _batch_norm(
 
 def _instance_norm(
     name: _Name,
-    x: Tensor,
-    mean: Any = None,
-    var: Any = None,
+    input: Tensor,
+    running_mean: Any = None,
+    running_var: Any = None,
     weight: Any = None,
     bias: Any = None,
     use_input_stats: bool = True,
     momentum: float = 0.1,  # noqa: ARG001
     eps: float = 1e-5,
 ) -> list[Use]:
-    fixed = x.detach()
-    of_input = (None, None) if use_input_stats else (mean, var)
+    fixed = input.detach()
+    of_input = (None, None) if use_input_stats else (running_mean, running_var)
     return _norm(
         name,
         weight,
@@ -662,12 +669,12 @@ def _instance_norm(
     )
 
 
-def _mul(name: _Name, a: Any, b: Any) -> list[Use]:
-    return _entrywise(name, a, b, multiplied=True)
+def _mul(name: _Name, input: Any, other: Any) -> list[Use]:
+    return _entrywise(name, input, other, multiplied=True)
 
 
-def _add(name: _Name, a: Any, b: Any, *, alpha: float = 1) -> list[Use]:
-    return _entrywise(name, a, b, multiplied=False) if alpha == 1 else []
+def _add(name: _Name, input: Any, other: Any, *, alpha: float = 1) -> list[Use]:
+    return _entrywise(name, input, other, multiplied=False) if alpha == 1 else []
 
 
 def _entrywise(name: _Name, a: Any, b: Any, multiplied: bool) -> list[Use]:
@@ -687,8 +694,8 @@ _KNOWN: dict[Any, Callable[..., list[Use]]] = {
     torch.matmul: _matmul,
     Tensor.matmul: _matmul,
     Tensor.__matmul__: _matmul,
-    torch.mm: _matmul,
-    Tensor.mm: _matmul,
+    torch.mm: _mm,
+    Tensor.mm: _mm,
     torch.conv1d: _conv,
     torch.conv2d: _conv,
     torch.conv3d: _conv,
