@@ -270,7 +270,9 @@ class Recording:
         matrix, inputs, axis = unit.matrix, use.inputs(), self._axis(use.output)
         if use.kind == "conv":
             d = gradient.flatten(2).mT.reshape(self.n, -1, matrix.groups, matrix.d_out)
-            return d, _with_ones(inputs.to(d.dtype), unit.bias)
+            # A sample may be several images: frames, which the model has flattened into the first axis.
+            a = inputs.to(d.dtype).reshape(self.n, -1, *inputs.shape[2:])
+            return d, _with_ones(a, unit.bias)
         d = gradient.movedim(axis, 0).reshape(self.n, -1, gradient.shape[-1])
         if use.output in self._recorder.expanded:
             inputs = _for_all(inputs, self.n)
