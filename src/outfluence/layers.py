@@ -429,7 +429,7 @@ def _matrix_unit(
     kind = uses[0].kind if len(kinds) == 1 else "mixed"
     if kind == "mixed" and not kinds <= {"matrix", "one_hot"}:
         return None
-    transposed = ways == {True}
+    transposed = ways == {True} and kind != "mixed"
     if kind == "mixed" or len(ways) > 1:
         bias = None
     groups, (block, where) = uses[0].groups, columns[name]
