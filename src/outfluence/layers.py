@@ -104,6 +104,12 @@ class Structure:
         """By name."""
         return {name: unit.matrix for name, unit in self.units.items()}
 
+    @property
+    def expanded(self) -> set[str]:
+        """Parameters of functions whose output is the same for all samples, and is given an axis of samples."""
+        uses = [use[:4] for use in self.signature]
+        return {name for w, _, output, b in uses if self.axes[output] is None for name in (w, b) if name}
+
 
 class Recorder(TorchFunctionMode):
     """Sees what parameters are given to, and keeps what per-sample gradients are made of.
