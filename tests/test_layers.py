@@ -1138,7 +1138,7 @@ def check_products(left, right, a, b):
 
 
 WORKSPACES = [1, 700, 20_000, 32 << 20]
-POSITIONS = [(1, 1), (1, 4), (3, 2), (2, 60), (60, 60)]
+POSITIONS = [(1, 1), (3, 2), (2, 60), (12, 9), (60, 60)]
 
 
 @pytest.mark.parametrize("workspace", WORKSPACES)
@@ -1169,6 +1169,21 @@ def test_what_is_factored_here():
     for rows in (few, some, many):
         assert set(rows.factors) | set(rows.columns) == set(SHAPES)
         assert not set(rows.factors) & set(rows.columns)
+
+
+@pytest.mark.parametrize(("positions", "by_place"), [((3, 2), set()), ((5, 6), {11}), ((12, 9), {90})])
+def test_both_ways_of_tokens(positions, by_place, monkeypatch):
+    """Pairs of positions where these are few; else one range of places after the other."""
+    seen, at_places = set(), outfluence.rows._at_places
+
+    def spy(factor, where):
+        seen.add(11 if factor.gradients.shape[3] == 3 else 90)
+        return at_places(factor, where)
+
+    monkeypatch.setattr(outfluence.rows, "_at_places", spy)
+    left, right = made(4, positions[0], 1), made(5, positions[1], 2)
+    check_products(left.rows, right.rows, left.blocks, right.blocks)
+    assert seen == by_place
 
 
 @pytest.mark.parametrize("count", [1025, 2])
