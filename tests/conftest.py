@@ -14,6 +14,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from cases import CASES, make_case
 
+# Small problems: threads would only get into each other's way, and into that of the cluster.
+torch.set_num_threads(1)
+
 settings.register_profile("outfluence", deadline=None)  # timed assertions do not belong in tests
 settings.load_profile("outfluence")
 

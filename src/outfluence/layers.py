@@ -68,7 +68,7 @@ class Unit:
         bias: in the last column of the matrix; or None.
         matrix: where the entries are.
         kind: of the uses of the parameter; "mixed" where they differ (a weight shared by an embedding and a linear
-            layer).
+            layer, or by ``x @ weight`` and ``x @ weight.T``).
     """
 
     parameter: str
@@ -104,6 +104,12 @@ class Structure:
         """By name."""
         return {name: unit.matrix for name, unit in self.units.items()}
 
+    @property
+    def expanded(self) -> set[str]:
+        """Parameters of functions whose output is the same for all samples, and is given an axis of samples."""
+        uses = [use[:4] for use in self.signature]
+        return {name for w, _, output, b in uses if self.axes[output] is None for name in (w, b) if name}
+
 
 class Recorder(TorchFunctionMode):
     """Sees what parameters are given to, and keeps what per-sample gradients are made of.
@@ -137,7 +143,10 @@ class Recorder(TorchFunctionMode):
                 return result
         uses: list[Use] = []
         if func in _KNOWN and torch.is_grad_enabled():
-            uses = _KNOWN[func](self._name, *args, **kwargs)
+            try:
+                uses = _KNOWN[func](self._name, *args, **kwargs)
+            except TypeError:  # other arguments than are known here
+                uses = []
         result = func(*args, **kwargs)
         if isinstance(result, Tensor) and id(result) in self._names:
             return result  # nothing was done to it: weight.to(its own type)
@@ -267,7 +276,9 @@ class Recording:
         matrix, inputs, axis = unit.matrix, use.inputs(), self._axis(use.output)
         if use.kind == "conv":
             d = gradient.flatten(2).mT.reshape(self.n, -1, matrix.groups, matrix.d_out)
-            return d, _with_ones(inputs.to(d.dtype), unit.bias)
+            # A sample may be several images: frames, which the model has flattened into the first axis.
+            a = inputs.to(d.dtype).reshape(self.n, -1, *inputs.shape[2:])
+            return d, _with_ones(a, unit.bias)
         d = gradient.movedim(axis, 0).reshape(self.n, -1, gradient.shape[-1])
         if use.output in self._recorder.expanded:
             inputs = _for_all(inputs, self.n)
@@ -421,12 +432,12 @@ def _matrix_unit(
 ) -> Unit | None:
     kinds, shape = {use.kind for use in uses}, recorder._shapes[name]
     ways = {use.transposed for use in uses}
-    kind = uses[0].kind if len(kinds) == 1 else "mixed"
-    if kind == "mixed" and not kinds <= {"matrix", "one_hot"}:
-        return None
-    transposed = ways == {True}
-    if kind == "mixed" or len(ways) > 1:
+    kind = uses[0].kind if len(kinds) == len(ways) == 1 else "mixed"
+    if kind == "mixed":
+        if not kinds <= {"matrix", "one_hot"}:
+            return None
         bias = None
+    transposed = ways == {True} and kind != "mixed"
     groups, (block, where) = uses[0].groups, columns[name]
     d_out, d_in = shape[0], math.prod(shape[1:])
     if transposed:
@@ -508,8 +519,8 @@ _BROADCAST = (-1_000_000,)
 _ATTENTION = inspect.signature(F.multi_head_attention_forward)
 
 
-def _linear(name: _Name, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[Use]:
-    return _affine(name, x, weight, bias, transposed=False)
+def _linear(name: _Name, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[Use]:
+    return _affine(name, input, weight, bias, transposed=False)
 
 
 def _affine(name: _Name, x: Tensor, weight: Tensor, bias: Any, transposed: bool) -> list[Use]:
@@ -521,19 +532,23 @@ def _affine(name: _Name, x: Tensor, weight: Tensor, bias: Any, transposed: bool)
     return [] if name(x) else uses
 
 
-def _addmm(name: _Name, bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> list[Use]:
-    if (beta, alpha) != (1, 1) or bias.ndim != 1:
+def _addmm(name: _Name, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> list[Use]:
+    if (beta, alpha) != (1, 1) or input.ndim != 1:
         return []
-    return _affine(name, x, weight, bias, transposed=True)
+    return _affine(name, mat1, mat2, input, transposed=True)
 
 
-def _matmul(name: _Name, x: Tensor, weight: Tensor) -> list[Use]:
-    return _affine(name, x, weight, None, transposed=True) if weight.ndim == 2 and x.ndim >= 2 else []
+def _matmul(name: _Name, input: Tensor, other: Tensor) -> list[Use]:
+    return _affine(name, input, other, None, transposed=True) if other.ndim == 2 and input.ndim >= 2 else []
+
+
+def _mm(name: _Name, input: Tensor, mat2: Tensor) -> list[Use]:
+    return _matmul(name, input, mat2)
 
 
 def _conv(
     name: _Name,
-    x: Tensor,
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Any = 1,
@@ -541,9 +556,9 @@ def _conv(
     dilation: Any = 1,
     groups: int = 1,
 ) -> list[Use]:
-    if x.ndim != weight.ndim or name(x):
+    if input.ndim != weight.ndim or name(input):
         return []
-    uses, b, fixed = [], name(bias), x.detach()
+    uses, b, fixed = [], name(bias), input.detach()
     if (w := name(weight)) is not None:
         kernel = tuple(weight.shape[2:])
 
@@ -642,17 +657,17 @@ def _batch_norm(
 
 def _instance_norm(
     name: _Name,
-    x: Tensor,
-    mean: Any = None,
-    var: Any = None,
+    input: Tensor,
+    running_mean: Any = None,
+    running_var: Any = None,
     weight: Any = None,
     bias: Any = None,
     use_input_stats: bool = True,
     momentum: float = 0.1,  # noqa: ARG001
     eps: float = 1e-5,
 ) -> list[Use]:
-    fixed = x.detach()
-    of_input = (None, None) if use_input_stats else (mean, var)
+    fixed = input.detach()
+    of_input = (None, None) if use_input_stats else (running_mean, running_var)
     return _norm(
         name,
         weight,
@@ -662,12 +677,12 @@ def _instance_norm(
     )
 
 
-def _mul(name: _Name, a: Any, b: Any) -> list[Use]:
-    return _entrywise(name, a, b, multiplied=True)
+def _mul(name: _Name, input: Any, other: Any) -> list[Use]:
+    return _entrywise(name, input, other, multiplied=True)
 
 
-def _add(name: _Name, a: Any, b: Any, *, alpha: float = 1) -> list[Use]:
-    return _entrywise(name, a, b, multiplied=False) if alpha == 1 else []
+def _add(name: _Name, input: Any, other: Any, *, alpha: float = 1) -> list[Use]:
+    return _entrywise(name, input, other, multiplied=False) if alpha == 1 else []
 
 
 def _entrywise(name: _Name, a: Any, b: Any, multiplied: bool) -> list[Use]:
@@ -687,8 +702,8 @@ _KNOWN: dict[Any, Callable[..., list[Use]]] = {
     torch.matmul: _matmul,
     Tensor.matmul: _matmul,
     Tensor.__matmul__: _matmul,
-    torch.mm: _matmul,
-    Tensor.mm: _matmul,
+    torch.mm: _mm,
+    Tensor.mm: _mm,
     torch.conv1d: _conv,
     torch.conv2d: _conv,
     torch.conv3d: _conv,

@@ -239,14 +239,17 @@ class Problem:
             try:
                 differences, tolerance = _differences(self, batch), (1e-3, 1e-6)
             except Exception as error:
-                return dict.fromkeys(self.names, f"gradients of a batch fail: {type(error).__name__}: {error}")
+                why = f"gradients of a batch fail: {type(error).__name__}: {error}"
+                return dict.fromkeys(self.structure.expanded or self.names, why)
         largest = max(scale for _, scale in differences.values())
         wrong: dict[str, str] = {}
         for name, (difference, scale) in differences.items():
             if not difference <= tolerance[0] * scale + tolerance[1] * largest + 1e-30:
                 bias = self.structure.units[name].bias
                 wrong |= dict.fromkeys((name,) if bias is None else (name, bias), "used in a way that no layer shows")
-        return wrong
+        # An axis of samples where the model does not expect one makes the gradients of other parameters wrong, too.
+        first = self.structure.expanded
+        return {name: why for name, why in wrong.items() if name in first} or wrong
 
     def factor_bytes(self, sample: Batch) -> int:
         """Bytes of the inputs and output gradients of one sample's layers, before any are multiplied."""

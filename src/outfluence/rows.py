@@ -338,7 +338,8 @@ class FactoredRows:
         out = self._zeros(len(self))
         for name, matrix in self.matrices.items():
             left, other, weight = self.part(name), right.part(name), self._weight(name, right)
-            small = isinstance(left, Factor) and left.positions == 1 and not left.is_one_hot
+            factors = [side for side in (left, other) if isinstance(side, Factor)]
+            small = len(factors) == 2 and all(f.positions == 1 and not f.is_one_hot for f in factors)
             step = len(out) if small else max(1, WORKSPACE // (4 * out.element_size() * matrix.size))
             for part in _parts(len(out), max(1, step)):
                 out[part] += _dot_each(left[part], other[part], matrix, weight)

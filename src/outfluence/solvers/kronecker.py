@@ -72,6 +72,12 @@ class KroneckerSolver:
         regularization = per_block(self.regularization, problem)
         problem = _with_structure(problem, data)
         _check_covered(problem)
+        for name, unit in problem.structure.units.items():
+            if unit.kind == "mixed" and self.fisher is FisherMode.EXACT:  # what goes in depends on the label, too
+                raise UnsupportedLayerError(
+                    f"parameter {name!r} is shared by layers of two kinds: fisher='exact' has no Kronecker factors for "
+                    "it; use fisher='sampled'"
+                )
         for start in {len(data) // 2, max(0, len(data) - 3)}:
             for name, why in problem.differing(data.rows(slice(start, start + 3))).items():
                 raise UnsupportedLayerError(f"parameter {name!r} is {why}: freeze it, or use another method")
