@@ -319,7 +319,7 @@ def fitted(name, fisher=None, update_diagonal=True, size=10, regularization=LAMB
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_the_dense_formulas(name, fisher, update_diagonal):
     if name == "TiedEmbedding" and fisher == "exact":  # its sides both depend on the label: there is no formula
-        with pytest.raises(UnsupportedLayerError, match="'embed.weight' is shared by layers of two kinds"):
+        with pytest.raises(UnsupportedLayerError, match=r"'embed\.weight' is shared by layers of two kinds"):
             fitted(name, fisher, update_diagonal)
         return
     influence, train, test = fitted(name, fisher, update_diagonal)  # 10 + 10 + 4
