@@ -45,6 +45,8 @@ from outfluence.influence import InfluenceModel
 from outfluence.plan import Plan
 from outfluence.tasks import Record, run_task, strongest
 
+#: What the factors of EK-FAC are stored as.
+FACTORS = ("factor_inputs", "factor_output_gradients")
 CHUNKS = {"test_chunk": 3, "train_chunk": 10}  # 3 + 3 + 1 test, 10 + 10 + 4 training samples
 
 
@@ -124,7 +126,7 @@ def test_without_the_matrix(fitted, tmp_path, client):
             test, train, matrix=False, top_k=7, groups=groups, self_influences=True, test_chunk=10, train_chunk=20
         )
         dataset = lazy.to_zarr(tmp_path / f"{i}.zarr")
-        assert set(dataset.data_vars) == {"factors", "top_scores", "top_train", "group_means", "self_influences"}
+        assert set(dataset.data_vars) == {*FACTORS, "top_scores", "top_train", "group_means", "self_influences"}
         assert not (tmp_path / f"{i}.zarr" / "work").exists()
         assert lazy.plan.work.sizes.keys() == {
             "factors",
@@ -158,7 +160,7 @@ def test_means_of_groups_of_features(tmp_path):
     assert np.allclose(dataset["self_influences"], model.self_influences(*case.train))
 
 
-@pytest.mark.parametrize("method", ["direct", "arnoldi", "woodbury", "cg"])
+@pytest.mark.parametrize("method", ["direct", "arnoldi", "woodbury", "cg", "ekfac"])
 @pytest.mark.parametrize("on_dask", [False, True])
 def test_kept_gradients_score_new_samples(method, on_dask, client, tmp_path, monkeypatch):
     case = make_case("mlp")
@@ -168,19 +170,29 @@ def test_kept_gradients_score_new_samples(method, on_dask, client, tmp_path, mon
         "arnoldi": lambda: ArnoldiInfluence(case.model, case.loss, 0.05, rank=5, **options),
         "woodbury": lambda: ArnoldiInfluence(case.model, case.loss, 0.05, rank=5, use_woodbury=True, **options),
         "cg": lambda: CgInfluence(case.model, case.loss, 0.05, rtol=1e-12, atol=0.0, **options),
+        "ekfac": lambda: EkfacInfluence(case.model, True, 0.05),
     }[method]().fit(case.train)
     calculator = DaskInfluenceCalculator(model, client) if on_dask else SequentialInfluenceCalculator(model)
     path = tmp_path / "kept.zarr"
     first = calculator.influences(case.test, case.train, keep_gradients=True, **CHUNKS).to_zarr(path)
-    names = {"arnoldi": ["gradient_coordinates"], "woodbury": ["gradient_coordinates", "gradient_identity"]}
-    for name in names.get(method, ["gradients"]):
+    factored = ("inputs", "output_gradients")
+    names = {
+        "arnoldi": ["gradient_coordinates"],
+        "woodbury": ["gradient_coordinates", *(f"gradient_identity.{name}" for name in factored)],
+        "ekfac": [f"gradient_{name}" for name in factored],
+    }
+    for name in names.get(method, names["ekfac"]):
         assert first[name].shape[0] == 24
     new = tuple(part[:5] for part in case.train)
     expected = model.influences(*new, *case.train)
     if not on_dask:  # the model sees the test samples only
-        monkeypatch.setattr(
-            InfluenceModel, "right_rows", lambda *_: pytest.fail("a gradient was computed that is in the store")
-        )
+        right_rows = InfluenceModel.right_rows
+
+        def of_none(self, gradients, left=None):
+            assert len(gradients) == 0, "a gradient was computed that is in the store"
+            return right_rows(self, gradients, left)
+
+        monkeypatch.setattr(InfluenceModel, "right_rows", of_none)
     lazy = calculator.influences(new, from_store=path, top_k=3, test_chunk=2, train_chunk=7)
     again = lazy.to_zarr(tmp_path / "new.zarr")
     assert np.allclose(again["scores"], expected, rtol=1e-8, atol=1e-10)
@@ -206,7 +218,7 @@ def test_gradients_of_something_else_are_refused(tmp_path):
     with pytest.raises(DataError, match="cannot be had from_store"):
         calculator.influences(case.test, from_store=kept, self_influences=True)
     direct = SequentialInfluenceCalculator(DirectInfluence(case.model, case.loss, 0.05).fit(case.train))
-    with pytest.raises(DataError, match="keeps coordinates of gradients, DirectInfluence needs values"):
+    with pytest.raises(DataError, match="keeps coordinates of gradients, DirectInfluence needs inputs, output_g"):
         direct.influences(case.test, from_store=kept)
     some = tuple(part[:12] for part in case.train)
     other = ArnoldiInfluence(case.model, case.loss, 0.05, rank=5).fit(some)
@@ -271,7 +283,7 @@ def test_damage_is_found_and_mended(fitted, client, tmp_path, on_dask, damage):
     lazy = calculator.influences(test, train, test_chunk=10, train_chunk=50)
     path = tmp_path / "a.zarr"
     whole = lazy.to_zarr(path).load()
-    for chunk in (path / "scores" / "c" / "1" / "0", path / "factors" / "values" / "c" / "2" / "0"):
+    for chunk in (path / "scores" / "c" / "1" / "0", path / "factors" / "inputs" / "c" / "2" / "0"):
         content = bytearray(chunk.read_bytes())
         content[len(content) // 2] ^= 1
         match damage:
@@ -529,7 +541,7 @@ def test_all_that_was_asked_for_is_given_in_memory(fitted):
     model, test, train = fitted
     calculator = SequentialInfluenceCalculator(model)
     result = calculator.influences(test, train, top_k=np.int64(3), self_influences=True).compute()
-    assert set(result.data_vars) == {"scores", "top_scores", "top_train", "self_influences", "factors"}
+    assert set(result.data_vars) == {"scores", "top_scores", "top_train", "self_influences", *FACTORS}
     assert isinstance(calculator.influences(test, train).compute(), np.ndarray)
     x = train[0].clone()
     x[3] = float("nan")

@@ -510,7 +510,7 @@ def _add_formed(left: _Form, right: _Form, matrix: Matrix, weight: Tensor | None
         formed = left(outputs)
         if weight is not None:
             formed = formed * weight[:, outputs].flatten()
-        out.addmm_(formed, right(outputs).T)
+        torch.addmm(out, formed, right(outputs).T, out=out)  # as addmm_, which torch's counter of FLOPs does not know
 
 
 def _is_gram_cheaper(left: Factor, right: Factor, matrix: Matrix) -> bool:
@@ -547,7 +547,8 @@ def _add_one_hot(left: Factor, right: Factor, matrix: Matrix, out: Tensor) -> No
     for i, j in _tiles(out, 4 * out.element_size() * matrix.d_out):
         per_place = 4 * out.element_size() * matrix.d_out * sum(out[i, j].shape)
         for places in _parts(matrix.d_in, max(1, WORKSPACE // max(1, per_place))):
-            out[i, j].addmm_(_at_places(left[i], places), _at_places(right[j], places).T)
+            tile = out[i, j]
+            torch.addmm(tile, _at_places(left[i], places), _at_places(right[j], places).T, out=tile)
 
 
 def _at_places(factor: Factor, places: slice) -> Tensor:
