@@ -43,7 +43,8 @@ from outfluence.errors import (
 )
 from outfluence.influence import InfluenceModel
 from outfluence.plan import Plan
-from outfluence.tasks import Record, run_task, strongest
+from outfluence.record import Record
+from outfluence.tasks import run_task, strongest
 
 #: What the factors of EK-FAC are stored as.
 FACTORS = ("factor_inputs", "factor_output_gradients")

@@ -6,10 +6,8 @@ the same numbers.
 
 from __future__ import annotations
 
-import datetime
 import io
 import os
-import platform
 import shutil
 import signal
 import tempfile
@@ -32,12 +30,20 @@ from distributed import Client
 
 from outfluence import fitting, tasks
 from outfluence.analysis import open_influences
-from outfluence.data import Data, DataLike, to_numpy
+from outfluence.contents import (
+    about_fit,
+    about_run,
+    array_specs,
+    coordinates,
+    fit_identity,
+    keep_inverse,
+    stored_inverse,
+)
+from outfluence.data import Data, DataLike
 from outfluence.errors import (
     ClusterError,
     ConvergenceWarning,
     DamageWarning,
-    DataError,
     Interrupted,
     PlanError,
     ProblemError,
@@ -56,56 +62,31 @@ from outfluence.executors import (
 from outfluence.fingerprint import fingerprint
 from outfluence.fitting import Summed
 from outfluence.influence import InfluenceModel
+from outfluence.jobs import (
+    SCORES,
+    SELVES,
+    Job,
+    Wanted,
+    factor_data,
+    length,
+    local_path,
+    raise_failures,
+    wanted_of,
+    with_training,
+)
 from outfluence.modes import InfluenceMode
 from outfluence.plan import Plan, Stage, make_plan, parse_bytes
 from outfluence.progress import Bars, ProgressCallback, Tracker, as_callback
-from outfluence.rows import GradientRows, Rows
-from outfluence.store import ArraySpec, Store
+from outfluence.record import resident_bytes
+from outfluence.rows import GradientRows
+from outfluence.store import Store
 from outfluence.tasks import (
-    CANDIDATES,
-    FACTORS,
-    GRADIENTS,
-    MEANS,
-    SCORES,
-    SELVES,
-    TOP,
-    Job,
-    Record,
-    Wanted,
     calibrate,
     check_task,
-    length,
-    major_versions,
-    numpy_name,
     read_all_factors,
     remote_task,
-    resident_bytes,
     run_task,
-    version_of,
 )
-
-#: Columns of a chunk of stored rows, and bytes of a chunk of a stored inverse: bounds the size of files.
-_COLUMNS, _CHUNK_BYTES = 1 << 16, 32 << 20
-#: Where a fitted inverse is in a store.
-INVERSE = "inverse"
-
-#: The arrays of rows: what they are of test and of training samples, and what their second axis counts.
-_ROWS = {
-    "values": ("influence factors g^T (H + lambda 1)^-1", "gradients g", "parameter"),
-    "coordinates": (
-        "coordinates of influence factors in the basis of the method",
-        "coordinates of gradients in the basis of the method",
-        "coordinate",
-    ),
-    "formed": (
-        "entries of the layers' matrices, the inverse multiplied in where it is diagonal",
-        "entries of the layers' matrices",
-        "entry",
-    ),
-    "output_gradients": ("output gradients, layer after layer and position after position",) * 2 + ("output",),
-    "inputs": ("inputs, layer after layer and position after position",) * 2 + ("input",),
-    "places": ("indices of embeddings, position after position",) * 2 + ("place",),
-}
 
 
 class InfluenceCalculator(ABC):
@@ -157,9 +138,9 @@ class InfluenceCalculator(ABC):
         limit = parse_bytes(memory_limit) if memory_limit is not None else self._default_limit()
         folder = tempfile.mkdtemp(prefix="outfluence-") if path is None else None
         try:
-            where = Path(folder) / "fit.zarr" if path is None and folder else _local(path or "")
-            identity = _fit_identity(model, data)
-            store = Store.find(where) or Store.create(where, [], {}, _about_fit(identity, limit))
+            where = Path(folder) / "fit.zarr" if path is None and folder else local_path(path or "")
+            identity = fit_identity(model, data)
+            store = Store.find(where) or Store.create(where, [], {}, about_fit(identity, limit))
             store.require(identity)
             if not store.is_complete:
                 unfitted = model.unfitted()
@@ -168,10 +149,10 @@ class InfluenceCalculator(ABC):
                 callback = as_callback(progress)
                 with _resumable(store), self._executor() as executor, _workplace(job, executor, store, callback) as do:
                     unfitted.fit(Summed("train", job, do, executor, limit, callback))
-                    _keep_inverse(store, unfitted.inverse.tensors)
+                    keep_inverse(store, unfitted.inverse.tensors)
             store.drop_work()
             # As it is stored, also the first time: the layout in memory makes a difference in the last bits.
-            return model.restore(data, _stored_inverse(store))
+            return model.restore(data, stored_inverse(store))
         finally:
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -231,8 +212,8 @@ class InfluenceCalculator(ABC):
             OutfluenceError: whatever would make the run fail, before any work.
         """
         job = Job(self.model, test=Data.of(test), mode=InfluenceMode(mode))
-        job = _training(job, train, from_store)
-        wanted = _wanted(job, matrix, top_k, bottom_k, groups, self_influences, keep_gradients)
+        job = with_training(job, train, from_store)
+        wanted = wanted_of(job, matrix, top_k, bottom_k, groups, self_influences, keep_gradients)
         return self._lazy(replace(job, wanted=wanted), memory_limit, test_chunk, train_chunk)
 
     def influences_from_factors(
@@ -273,9 +254,9 @@ class InfluenceCalculator(ABC):
         Raises:
             DataError: if the factors do not have one column for each parameter.
         """
-        job = Job(self.model, factors=_factor_data(factors, self.model), mode=InfluenceMode(mode))
-        job = _training(job, train, from_store)
-        wanted = _wanted(job, matrix, top_k, bottom_k, groups, self_influences, keep_gradients)
+        job = Job(self.model, factors=factor_data(factors, self.model), mode=InfluenceMode(mode))
+        job = with_training(job, train, from_store)
+        wanted = wanted_of(job, matrix, top_k, bottom_k, groups, self_influences, keep_gradients)
         return self._lazy(replace(job, wanted=wanted), memory_limit, test_chunk, train_chunk)
 
     def self_influences(
@@ -466,7 +447,7 @@ class LazyInfluences:
             RunError: if tasks failed, saying which and why. All others are stored: run again to repeat only these.
             Interrupted: on Ctrl-C, or when the process is told to end (SIGTERM). The same call goes on.
         """
-        job, path = self.job, _local(path)
+        job, path = self.job, local_path(path)
         for data, whose in ((job.test, "test"), (job.train, "training")):
             if data is not None:  # again: the model may have gone on training since
                 job.model.check(data, whose)
@@ -478,7 +459,9 @@ class LazyInfluences:
         if store is None:
             plan = self.plan
             try:
-                store = Store.create(path, _specs(job, plan), _coordinates(job, plan), _about(job, identity, plan))
+                store = Store.create(
+                    path, array_specs(job, plan), coordinates(job, plan), about_run(job, identity, plan)
+                )
             except StoreError:
                 if replaced is not None:
                     replaced.rename(path)
@@ -491,7 +474,7 @@ class LazyInfluences:
             # Passes over the data of the fit are in batches that the plan has counted.
             job = replace(job, model=_begun_with(store, job.model), plan=plan).in_batches(plan.batch_size)
             job = replace(job, store=store.path, store_id=store.id)
-            store.restore_work(_specs(job, plan))
+            store.restore_work(array_specs(job, plan))
             with _resumable(store), self._make_executor() as executor:
                 _run(job, executor, store, as_callback(progress))
         store.drop_work()
@@ -537,7 +520,7 @@ def _run(job: Job, executor: Executor, store: Store, callback: ProgressCallback 
             failures += _run_stage(stage, job.plan, *where, store, callback)
     n_missing = sum(total - done for done, total in store.progress().values())
     if failures or n_missing:
-        _raise_failures(failures, n_missing, store)
+        raise_failures(failures, "run", n_missing, store)
 
 
 @contextmanager
@@ -694,69 +677,6 @@ def _begun_with(store: Store, model: InfluenceModel) -> InfluenceModel:
     return _begun_with(store, model)  # another client may have been faster
 
 
-def _fit_identity(model: InfluenceModel, data: Data) -> dict[str, Any]:
-    return model.identity_on(data) | {"results": "fit", "versions": major_versions()}
-
-
-def _about_fit(identity: dict[str, Any], memory_limit: int) -> dict[str, Any]:
-    tasks = {"inverse": 1}
-    return {
-        "identity": identity,
-        "basis": None,
-        "plan": None,
-        "memory_limit": memory_limit,
-        "tasks": tasks,
-    } | _made_now()
-
-
-def _keep_inverse(store: Store, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Store a fitted inverse: an array for each of its tensors."""
-    record = Record(store)
-    arrays = {f"{INVERSE}/{name}": to_numpy(tensor) for name, tensor in tensors.items()}
-    specs = []
-    for path, array in arrays.items():
-        rows = max(1, min(len(array), _CHUNK_BYTES // max(1, array[:1].nbytes)))
-        dims = tuple(f"axis_{i}" for i in range(array.ndim))
-        specs.append(ArraySpec(path, array.shape, (rows, *array.shape[1:]), array.dtype.name, dims, {}))
-    store.add(specs)
-    for path, array in arrays.items():
-        record.write(path, (slice(0, len(array)),), array)
-    store.leave_receipt(
-        "inverse", 0, {"stage": "inverse", "task": 0, "start": 0, "stop": 1, "names": [*tensors]} | record.report()
-    )
-
-
-def _stored_inverse(store: Store) -> dict[str, torch.Tensor]:
-    receipt = store.receipt("inverse", 0)
-    assert receipt is not None
-    if not store.is_sound(receipt):
-        store.withdraw_receipt("inverse", 0)
-        store.withdraw_stages("fit-")  # what they summed is gone
-        raise StoreError(
-            f"{store.path}: the fitted inverse is damaged (a checksum differs): call fit again, it starts anew"
-        )
-    arrays = {name: store.read(f"{INVERSE}/{name}", (slice(None),)) for name in receipt["names"]}
-    return {name: torch.from_numpy(array).clone() for name, array in arrays.items()}
-
-
-def _raise_failures(failures: list[tuple[str, BaseException]], n_missing: int, store: Store) -> None:
-    texts = [(task, f"{type(error).__name__}: {error}") for task, error in failures]
-    shown = "\n".join(f"  {task}: {text}" for task, text in texts[:10])
-    more = f"\n  and {len(texts) - 10} more" if len(texts) > 10 else ""
-    raise RunError(
-        f"{len(texts)} task(s) failed:\n{shown}{more}\nWithout them {n_missing} task(s) of the run are not complete. "
-        f"What was computed is stored in {store.path}; the same call again goes on from there.",
-        texts,
-    ) from (failures[0][1] if failures else None)
-
-
-def _local(path: str | os.PathLike[str]) -> Path:
-    text = os.fspath(path)
-    if "://" in text:
-        raise StoreError(f"{text}: stores are folders of a file system; object stores are not supported yet")
-    return Path(text).expanduser().absolute()
-
-
 def _move_aside(store: Store, job: Job, identity: Mapping[str, Any]) -> Path:
     """Free the path of a store that is to be replaced, unless it holds what the new one is made from."""
     glimpses = {role: fingerprint(data.rows(slice(0, 1))) for role, data in job.inputs.items()}
@@ -779,180 +699,6 @@ def _move_aside(store: Store, job: Job, identity: Mapping[str, Any]) -> Path:
             f"{store.path} holds factors or data that the new store is to be made from: choose another path for it"
         )
     return aside
-
-
-def _specs(job: Job, plan: Plan) -> list[ArraySpec]:
-    work, wanted = plan.work, job.wanted
-    dtype = f"float{8 * work.itemsize}"
-    tests, trains = (work.n_test, plan.test_chunk, "test"), (work.n_train, plan.train_chunk, "train")
-    groups = (work.groups, max(1, work.groups), "group")
-    features = [(n, n, f"feature_{i}") for i, n in enumerate(work.features)]
-    specs = []
-
-    def add(path: str, about: str, *axes: tuple[int, int, str], dtype: str = dtype) -> None:
-        shape, chunks, dims = zip(*axes, strict=True)
-        specs.append(ArraySpec(path, shape, chunks, dtype, dims, {"long_name": about}))
-
-    def add_rows(path: str, rows: Rows, samples: tuple[int, int, str], which: int) -> None:
-        for name, array in rows.arrays.items():
-            of_identity, _, kind = name.rpartition(".")
-            columns, about, axis = array.shape[1], _ROWS[kind][which], _ROWS[kind][2]
-            if axis not in ("parameter", "coordinate"):  # of which there may be others of training than of test samples
-                axis = f"{samples[2]}_{of_identity}{axis}"
-            if of_identity:
-                about = f"for the part that a multiple of the identity adds: {about}"
-            chunk = max(1, min(columns, _COLUMNS))
-            add(f"{path}/{name}", about, samples, (columns, chunk, axis), dtype=numpy_name(array.dtype))
-
-    if work.n_test:
-        add_rows(FACTORS, job.left_rows(), tests, 0)
-    if wanted.gradients:
-        add_rows(GRADIENTS, job.right_rows(), trains, 1)
-    if work.matrix:
-        add(SCORES, "influence of a training sample on a test sample; positive: it helps", tests, trains, *features)
-    if work.groups:
-        add(MEANS, "mean influence of a training sample on a group of test samples", groups, trains, *features)
-    if work.self_influences:
-        add(SELVES, "influence of a training sample on itself", trains)
-    for kind, k in wanted.strongest.items():
-        ranks, name = (k, k, f"{kind}_rank"), "highest" if kind == TOP else "lowest"
-        merged = (work.n_test, plan.candidate_chunk, "test")
-        add(f"{kind}_scores", f"the {name} influences on a test sample", merged, ranks)
-        add(f"{kind}_train", f"the training samples of the {name} influences", merged, ranks, dtype="int64")
-        chunks, width = (plan.n_chunks, 1, "chunk"), min(k, plan.train_chunk)
-        for what, numbers in (("scores", dtype), ("train", "int64")):
-            add(f"{CANDIDATES}/{kind}_{what}", "", chunks, merged, (width, width, "rank"), dtype=numbers)
-    return specs
-
-
-def _coordinates(job: Job, plan: Plan) -> dict[str, np.ndarray]:
-    axes = {dim: np.arange(n) for dim, n in (("test", plan.work.n_test), ("train", plan.work.n_train)) if n}
-    names = job.wanted.group_names
-    return axes if names is None else axes | {"group": names}
-
-
-def _basis(model: InfluenceModel) -> str | None:
-    """What the coordinates of this very fit refer to; None if its rows are no coordinates."""
-    if not model.inverse.in_basis:
-        return None
-    return fingerprint({name: tensor.cpu() for name, tensor in model.inverse.tensors.items()})
-
-
-def _about(job: Job, identity: dict[str, Any], plan: Plan) -> dict[str, Any]:
-    return {
-        "identity": identity,
-        "basis": _basis(job.model),
-        "plan": plan.to_json(),
-        "memory_limit": plan.memory_limit,
-        "tasks": {stage.name: stage.n_tasks for stage in plan.stages},
-    } | _made_now()
-
-
-def _made_now() -> dict[str, Any]:
-    packages = ("outfluence", "torch", "numpy", "zarr", "xarray", "dask", "distributed")
-    return {
-        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in packages}},
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _training(job: Job, train: DataLike, from_store: str | os.PathLike[str] | None) -> Job:
-    """The job with training data, or with rows of it that a store has kept."""
-    if (train is None) == (from_store is None):
-        raise DataError("give training data, or from_store=, a store whose run was asked to keep_gradients; not both")
-    if from_store is None:
-        return replace(job, train=Data.of(train))
-    if job.mode is InfluenceMode.Perturbation:
-        raise DataError("mode='perturbation' needs the training samples: kept gradients know nothing of their features")
-    return replace(job, gradients=_gradient_data(Store(_local(from_store)), job))
-
-
-def _gradient_data(store: Store, job: Job) -> Data:
-    """Kept rows of training samples as data whose x is the values, or a dict of the arrays of another kind of rows."""
-    if GRADIENTS not in store.group:
-        raise DataError(f"{store.path} keeps no gradients: make it with keep_gradients=True")
-    if not store.is_complete:
-        raise DataError(f"{store.path} is not finished: call its to_zarr again first")
-    made_by, model = store.about["identity"], job.model
-    now = model.identity()
-    differing = [key for key in ("model", "weights", "loss", "blocks") if made_by.get(key) != now[key]]
-    rows = job.right_rows().arrays
-    wanted = list(rows)
-    found = list(store.group[GRADIENTS].array_keys())  # type: ignore[union-attr]
-    if sorted(found) != sorted(wanted):
-        raise DataError(
-            f"{store.path} keeps {', '.join(sorted(found))} of gradients, {type(model).__name__} needs "
-            f"{', '.join(sorted(wanted))}: keep gradients with the same method"
-        )
-    arrays = {name: store.group[f"{GRADIENTS}/{name}"] for name in wanted}
-    if any(array.shape[1] != rows[name].shape[1] for name, array in arrays.items()):  # type: ignore[union-attr]
-        raise DataError(f"{store.path} keeps gradients of samples of another size than the test samples'")
-    if model.inverse.in_basis and store.about.get("basis") != _basis(model):
-        differing.append("basis (another fit or rank)")
-    if differing:
-        raise DataError(f"{store.path} keeps gradients of something else; these differ: {', '.join(differing)}")
-    content = fingerprint([made_by["train_data"], store.about["basis"], *(made_by[key] for key in ("weights", "loss"))])
-    return Data.from_arrays(arrays if wanted != ["values"] else arrays["values"], fingerprint=content)
-
-
-def _wanted(
-    job: Job,
-    matrix: bool,
-    top_k: int | None,
-    bottom_k: int | None,
-    groups: Any,
-    self_influences: bool,
-    keep_gradients: bool,
-) -> Wanted:
-    """What is asked for, checked."""
-    (n_test, n_train) = (
-        len(next(d for d in pair if d is not None)) for pair in ((job.test, job.factors), (job.train, job.gradients))
-    )
-    for name, k in (("top_k", top_k), ("bottom_k", bottom_k)):
-        if k is not None and (isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k <= n_train):
-            raise DataError(f"{name} must be between 1 and the {n_train} training samples, not {k!r}")
-    per_feature = job.mode is InfluenceMode.Perturbation
-    if per_feature and (top_k or bottom_k or keep_gradients):
-        raise DataError("top_k, bottom_k and keep_gradients go with mode='up' only: there a score is one number")
-    if job.gradients is not None and (self_influences or keep_gradients):
-        raise DataError("self_influences and keep_gradients need the training data: they cannot be had from_store")
-    names = numbers = None
-    if groups is not None:
-        groups = np.asarray(groups)
-        if groups.shape != (n_test,) or groups.dtype.kind not in "biuSUO":
-            raise DataError(f"groups must name the group of each of the {n_test} test samples, with integers or texts")
-        names, numbers = np.unique(groups.astype(str) if groups.dtype.kind in "bSUO" else groups, return_inverse=True)
-    if not (matrix or top_k or bottom_k or groups is not None or keep_gradients):
-        raise DataError("nothing is asked for: matrix=False goes with top_k, bottom_k, groups or keep_gradients")
-    return Wanted(matrix, int(top_k or 0), int(bottom_k or 0), self_influences, keep_gradients, numbers, names)
-
-
-def _factor_data(factors: Any, model: InfluenceModel) -> Data:
-    """Factors as data whose x is the values, or a dict of the arrays of another kind of rows."""
-    wanted = model.inverse.left(model.empty_gradients()).arrays
-    if isinstance(factors, xr.Dataset):
-        names = {f"factor_{name}": name for name in wanted}
-        if "factors" in factors:
-            factors = factors["factors"]
-        elif names.keys() <= set(factors.data_vars):
-            if factors.attrs.get("outfluence", {}).get("basis") != _basis(model):
-                raise DataError(
-                    "these factors are coordinates in the basis of another fit or rank: compute them again with this "
-                    "model, or keep the model that made them"
-                )
-            factors = {name: factors[variable].data for variable, name in names.items()}
-        else:
-            raise DataError(f"the dataset holds no factors of {type(model).__name__}, only {list(factors.data_vars)}")
-    if isinstance(factors, xr.DataArray):
-        factors = factors.data
-    data = Data.from_arrays(factors)
-    x = data.rows(slice(0, 1)).x
-    if not isinstance(x, dict) and tuple(x.shape[1:]) != (model.n_parameters,):
-        raise DataError(
-            f"factors must be (n_test, {model.n_parameters}), one column for each parameter; got (n_test, "
-            f"{', '.join(map(str, x.shape[1:]))})"
-        )
-    return data
 
 
 def _text(samples: slice) -> str:

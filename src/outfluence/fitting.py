@@ -24,11 +24,12 @@ from outfluence.data import BATCH_SIZE, Data, Statistic, add_to, tree_leaves
 from outfluence.errors import PlanError, RunError, StoreError
 from outfluence.executors import Executor
 from outfluence.fingerprint import fingerprint
+from outfluence.jobs import Job, length, raise_failures
 from outfluence.plan import MIB, RUNTIME_BYTES, Stage
 from outfluence.progress import ProgressCallback, Tracker
+from outfluence.record import Record
 from outfluence.rows import WORKSPACE
 from outfluence.store import Store
-from outfluence.tasks import Job, Record, length
 
 #: Tasks of a pass at most, and at least if there are so many batches; and bytes of all that they leave, about.
 _MAX_TASKS, _MIN_TASKS, _PARTS_BYTES = 64, 8, 4 << 30
@@ -183,13 +184,7 @@ class Summed(Data):
                 failures.append((f"{title}, samples {samples.start} to {samples.stop - 1}", outcome.error))
             tracker.update(length(samples), outcome.receipt)
         if failures:
-            texts = [(task, f"{type(error).__name__}: {error}") for task, error in failures]
-            shown = "\n".join(f"  {task}: {text}" for task, text in texts[:10])
-            raise RunError(
-                f"{len(texts)} task(s) of the fit failed:\n{shown}\nWhat was computed is stored in {self._store.path}; "
-                "the same call again goes on from there.",
-                texts,
-            ) from failures[0][1]
+            raise_failures(failures, "fit", len(failures), self._store)
 
 
 def sum_task(

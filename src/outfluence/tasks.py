@@ -1,258 +1,53 @@
-"""What a run computes: the job and its tasks.
+"""What a run computes: the tasks of a job.
 
-Tasks run in workers: what they need is in the job, which they read from the store; what they make goes into the store.
-With `calculators` the only module that knows both halves.
+They run in workers: what they need is in the job, which they read from the store; what they make goes into the store.
 """
 
 from __future__ import annotations
 
-import ctypes
-import datetime
-import importlib.metadata
 import os
 import pickle
-import resource
-import socket
-import sys
 import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from distributed import get_worker
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from outfluence.analysis import first_of
-from outfluence.curvature import VECTORS
-from outfluence.data import Data, to_numpy, tree_leaves, tree_map
+from outfluence.data import to_numpy, tree_map
 from outfluence.errors import ClusterError, ConvergenceWarning, DataError, StoreError
 from outfluence.executors import KILLED, profile_worker
-from outfluence.fingerprint import fingerprint
 from outfluence.influence import InfluenceModel
+from outfluence.jobs import (
+    CANDIDATES,
+    FACTORS,
+    GRADIENTS,
+    MEANS,
+    SCORES,
+    SELVES,
+    TOP,
+    Job,
+    length,
+    numpy_name,
+)
 from outfluence.modes import InfluenceMode
-from outfluence.plan import ACTIVATION_COPIES, Costs, Plan, Work
-from outfluence.problem import DIRECTIONS
-from outfluence.rows import WORKSPACE, DenseRows, FactoredRows, GradientRows, Rows, check_finite
+from outfluence.plan import Costs
+from outfluence.record import Record, resident_bytes
+from outfluence.rows import GradientRows, Rows, check_finite
 from outfluence.store import Store
-
-#: Where the arrays of left rows, scores, self-influences, means of groups and right rows are in a store.
-FACTORS, SCORES, SELVES, MEANS, GRADIENTS = "factors", "scores", "self_influences", "group_means", "gradients"
-#: The strongest scores: names of the arrays of the highest and of the lowest.
-TOP, BOTTOM = "top", "bottom"
-#: Where strips leave their strongest scores.
-CANDIDATES = "work/candidates"
 
 #: Rows of a block of scores that are looked at together where that takes memory.
 _ROWS = 64
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is made of the scores, all in one pass.
-
-    Attributes:
-        matrix: all of them.
-        top: the highest of each test sample, so many.
-        bottom: the lowest.
-        self_influences: those of training samples on themselves.
-        gradients: the rows of the training samples, for later.
-        group_of: for the means over groups of test samples, the number of each one's group; or None.
-        group_names: of the groups, in order of their numbers.
-    """
-
-    matrix: bool = True
-    top: int = 0
-    bottom: int = 0
-    self_influences: bool = False
-    gradients: bool = False
-    group_of: np.ndarray | None = None
-    group_names: np.ndarray | None = None
-
-    @property
-    def n_groups(self) -> int:
-        """Number of groups."""
-        return 0 if self.group_names is None else len(self.group_names)
-
-    @property
-    def strongest(self) -> dict[str, int]:
-        """How many of the strongest scores are wanted, of each kind."""
-        return {kind: k for kind, k in ((TOP, self.top), (BOTTOM, self.bottom)) if k}
-
-    def identity(self) -> dict[str, Any]:
-        """As plain values."""
-        groups = None if self.group_of is None else fingerprint((self.group_of, self.group_names.tolist()))  # type: ignore[union-attr]
-        names = ("matrix", "top", "bottom", "self_influences", "gradients")
-        return {name: getattr(self, name) for name in names} | {"groups": groups}
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that a task needs. Workers read it from the store.
-
-    Attributes:
-        model: fitted.
-        test: whose factors are computed; or
-        factors: computed before.
-        train: whose gradients are computed; or
-        gradients: their rows, kept by another run.
-        mode: perturb weights or features.
-        wanted: which results.
-        plan: how it is cut.
-        store: where the results go.
-        store_id: of that store.
-        threads: that torch is to use; None: as it is.
-        baseline_bytes: what the process took before.
-        test_gradients: of no test samples: what they consist of; None where there are only factors.
-        train_gradients: of no training samples; None where there are only gradients that were kept.
-    """
-
-    model: InfluenceModel
-    test: Data | None = None
-    factors: Data | None = None
-    train: Data | None = None
-    gradients: Data | None = None
-    mode: InfluenceMode = InfluenceMode.Up
-    wanted: Wanted = Wanted()
-    plan: Plan | None = None
-    store: Path | None = None
-    store_id: str = ""
-    threads: int | None = None
-    baseline_bytes: int = 0
-    test_gradients: GradientRows | None = None
-    train_gradients: GradientRows | None = None
-
-    @property
-    def data(self) -> dict[str, Data]:
-        """The data by role."""
-        roles = {"test": self.test, "factors": self.factors, "train": self.train, "gradients": self.gradients}
-        return {role: data for role, data in roles.items() if data is not None}
-
-    @property
-    def inputs(self) -> dict[str, Data]:
-        """All data that is read: those of `data`, and those of the fit if the inverse reads them."""
-        source = self.model.inverse.data if self.model.is_fitted else None
-        return self.data | ({} if source is None else {"fit": source})
-
-    @property
-    def has_test(self) -> bool:
-        """Whether there are test samples."""
-        return self.test is not None or self.factors is not None
-
-    def left_rows(self) -> Rows:
-        """Left rows of no samples: what arrays they consist of."""
-        if self.factors is not None and isinstance(self.factors.rows(slice(0, 1)).x, Tensor):
-            return self.model.as_rows(torch.zeros(0, self.model.n_parameters))
-        rows: Rows = self.model.inverse.left(self._gradients(self.test_gradients, self.train_gradients))
-        return rows
-
-    def right_rows(self) -> Rows:
-        """Right rows of no samples."""
-        return self.model.right_rows(self._gradients(self.train_gradients, self.test_gradients), self.left_rows())
-
-    def _gradients(self, *known: GradientRows | None) -> GradientRows:
-        return next((rows for rows in known if rows is not None), self.model.empty_gradients())
-
-    def in_batches(self, size: int) -> Job:
-        """This job with other batches."""
-        assert self.plan is not None
-        source = self.model.inverse.data
-        model = self.model if source is None else self.model.reading(source.in_batches(size))
-        return replace(self, model=model, plan=replace(self.plan, batch_size=size))
-
-    def identity(self) -> dict[str, Any]:
-        """What the numbers in the store depend on. A store is continued by the same identity only."""
-        return {
-            **self.model.identity(),
-            **{f"{role}_data": data.fingerprint for role, data in self.data.items()},
-            "mode": str(self.mode),
-            "results": self.wanted.identity(),
-            "dtype": numpy_name(self.model.problem.dtype),
-            "versions": major_versions(),
-        }
-
-    def work(self) -> Work:
-        """The sizes of this job."""
-        problem, wanted = self.model.problem, self.wanted
-        itemsize = torch.finfo(problem.dtype).bits // 8
-        n_rows = self.test if self.test is not None else self.factors
-        read = self.train if self.train is not None else self.gradients
-        sample_of = next(data for data in (read, n_rows) if data is not None)
-        sample = sample_of.rows(slice(0, 1))
-        perturbation = self.mode is InfluenceMode.Perturbation and self.train is not None
-        floats = [leaf for leaf in tree_leaves(sample.x) if leaf.is_floating_point()]
-        if perturbation:  # raises where there is nothing to differentiate by
-            zeros = torch.zeros(1, problem.n_parameters, dtype=problem.dtype, device=problem.device)
-            problem.mixed_derivatives(zeros, *sample)
-        hints = [data.batch_size for data in self.inputs.values() if data.batch_size]
-        through_model = self.train if self.train is not None else self.test
-        activations = 0 if through_model is None else problem.activation_bytes(through_model.rows(slice(0, 1)))
-        source = self.model.inverse.data
-        kept = (
-            len(source) * activations * ACTIVATION_COPIES
-            if source and getattr(self.model.solver, "precompute_grad", False)
-            else 0
-        )
-        left, right = self.left_rows(), self.right_rows()
-        gradients = self._gradients(self.train_gradients, self.test_gradients)
-        is_factored = not all(isinstance(rows, DenseRows) for rows in (left, right, gradients))
-        inverse = sum(t.nbytes for t in self.model.inverse.tensors.values())
-        if isinstance(left, FactoredRows):
-            inverse += sum(weight.nbytes for weight in left.weights.values())
-        buffers = sum(b.nbytes for b in self.model.problem.model.buffers())
-        return Work(
-            n_test=len(n_rows) if n_rows is not None else 0,
-            n_train=len(read) if read is not None else 0,
-            arrays=_widths(left, itemsize),
-            itemsize=itemsize,
-            n_parameters=problem.n_parameters,
-            right_numbers=sum(_widths(right, itemsize).values()),
-            gradient_numbers=sum(_widths(gradients, itemsize).values()),
-            factor_bytes=0 if through_model is None else problem.factor_bytes(through_model.rows(slice(0, 1))),
-            workspace_bytes=WORKSPACE if is_factored else 0,
-            features=tuple(floats[0].shape[1:]) if perturbation else (),
-            directions=DIRECTIONS if perturbation else 0,
-            self_influences=wanted.self_influences,
-            matrix=wanted.matrix and n_rows is not None and read is not None,
-            top=wanted.top,
-            bottom=wanted.bottom,
-            groups=wanted.n_groups,
-            keeps_gradients=wanted.gradients,
-            reads_gradients=self.gradients is not None,
-            source_rows=sample_of.source_rows,
-            read_copies=sample_of.read_copies,
-            test_bytes=0 if n_rows is None else _bytes_of(n_rows),
-            test_rows=1 if n_rows is None else n_rows.source_rows,
-            test_copies=2 if n_rows is None else n_rows.read_copies,
-            fit_bytes=0 if source is None else _bytes_of(source) * source.source_rows,
-            model_bytes=sum(p.nbytes for p in problem.model.parameters()) + buffers + inverse,
-            activation_bytes=activations,
-            batch_size=min(hints) if hints else None,
-            sample_bytes=_bytes_of(sample_of),
-            solves=source is not None,
-            vectors=VECTORS if source is not None else 0,
-            kept_bytes=kept,
-        )
-
-
-def _widths(rows: Rows, itemsize: int) -> dict[str, int]:
-    """How many numbers, of so many bytes, each array of a row takes."""
-    return {name: array.shape[1] * array.element_size() // itemsize for name, array in rows.arrays.items()}
-
-
-def _bytes_of(data: Data) -> int:
-    """Bytes of one sample."""
-    sample = data.rows(slice(0, 1))
-    return sum(leaf.nbytes for leaf in tree_leaves(sample.x) + tree_leaves(sample.y))
 
 
 #: Something done in a worker: with the job, a task's number and which attempt it is; gives a receipt.
@@ -681,81 +476,6 @@ def read_all_factors(job: Job, store: Store) -> np.ndarray:
     return to_numpy(job.model.dense(left).values)
 
 
-class Record:
-    """What a task did: what it wrote, where the time went, and how much memory its process took.
-
-    Args:
-        store: where it reads and writes.
-        baseline_bytes: what the process took before.
-        task: stage and number of the task.
-
-    Attributes:
-        missing: ranges of test samples that had no factors.
-    """
-
-    def __init__(self, store: Store, baseline_bytes: int = 0, task: tuple[str, int] | None = None) -> None:
-        self._task = task
-        self.missing: list[list[int]] = []
-        self._store = store
-        self._written: list[dict[str, Any]] = []
-        self._bytes_read = 0
-        self._seconds: dict[str, float] = {}
-        self._start, self._started = time.perf_counter(), _now()
-        self._baseline_bytes = baseline_bytes
-        _give_back()
-        with suppress(OSError):  # Linux: the peak of this task, not of the process since it began
-            Path("/proc/self/clear_refs").write_text("5")
-
-    @contextmanager
-    def __call__(self, what: str) -> Iterator[None]:
-        """Time a part."""
-        start = time.perf_counter()
-        yield
-        self._seconds[what] = self._seconds.get(what, 0.0) + time.perf_counter() - start
-
-    def each(self, what: str, things: Iterator[Any]) -> Iterator[Any]:
-        """Time each step of an iterator."""
-        while True:
-            with self(what):
-                thing = next(things, self)
-            if thing is self:
-                return
-            yield thing
-
-    def write(self, path: str, region: tuple[slice, ...], block: np.ndarray) -> None:
-        """See `Store.write`.
-
-        Raises:
-            StoreError: if this is a part only, and another run has done the whole.
-        """
-        if self.missing and self._task is not None and self._store.receipt(*self._task) is not None:
-            raise StoreError(f"task {self._task[1]} of {self._task[0]!r} has been done by another run")
-        with self("write"):
-            self._written.append(self._store.write(path, region, block))
-
-    def read(self, path: str, region: tuple[slice, ...]) -> np.ndarray:
-        """See `Store.read`."""
-        with self(f"read {path.partition('/')[0]}"):
-            block = self._store.read(path, region)
-        self._bytes_read += block.nbytes
-        return block
-
-    def report(self) -> dict[str, Any]:
-        """As plain values."""
-        return {
-            "written": self._written,
-            "bytes_written": sum(written["bytes"] for written in self._written),
-            "bytes_read": self._bytes_read,
-            "started": self._started,
-            "finished": _now(),
-            "seconds": round(time.perf_counter() - self._start, 6),
-            "seconds_by_part": {what: round(seconds, 6) for what, seconds in self._seconds.items()},
-            "peak_bytes": max(0, _peak_bytes() - self._baseline_bytes),
-            "threads": torch.get_num_threads(),
-            "worker": f"{socket.gethostname()}:{os.getpid()}",
-        }
-
-
 def calibrate(job: Job, n_workers: int) -> Costs:
     """What a job costs here and now: one batch, timed."""
     plan, model = job.plan, job.model
@@ -824,61 +544,6 @@ def _write_rate() -> float:
         file.flush()
         os.fsync(file.fileno())
     return len(content) / (time.perf_counter() - start)
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-
-
-def _give_back() -> None:
-    """Return freed memory to the system, now and from now on, where the C library keeps it (glibc).
-
-    It would count for the next task. Dask's nannies set the like for their workers.
-    """
-    with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_TRIM_THRESHOLD, 1 << 16)
-        libc.mallopt(_MMAP_THRESHOLD, 1 << 17)
-        libc.malloc_trim(0)
-
-
-#: Parameters of glibc's mallopt. Setting them ends their growth with the sizes that are freed.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-
-
-def _peak_bytes() -> int:
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def resident_bytes() -> int:
-    """Memory that this process takes now, and has a use for."""
-    _give_back()
-    return int(psutil.Process().memory_info().rss)
-
-
-def numpy_name(dtype: torch.dtype) -> str:
-    """What numpy calls a type of torch."""
-    return str(dtype).removeprefix("torch.")
-
-
-def version_of(package: str) -> str:
-    """The installed version of a package."""
-    return importlib.metadata.version(package)
-
-
-def major_versions() -> dict[str, str]:
-    """Of what numbers depend on."""
-    return {name: version_of(name).split(".")[0] for name in ("outfluence", "torch")}
-
-
-def length(samples: slice) -> int:
-    """How many samples."""
-    return int(samples.stop - samples.start)
 
 
 def _within(part: slice, samples: slice) -> slice:
