@@ -15,7 +15,8 @@ from torch import nn
 
 import outfluence.rows
 import reference
-from outfluence import Problem
+from cases import make_case
+from outfluence import DirectInfluence, Problem
 from outfluence.data import Batch, tree_map
 from outfluence.errors import UnsupportedLayerError
 from outfluence.rows import DenseRows, Factor, FactoredRows, Matrix
@@ -1284,3 +1285,80 @@ def test_describe():
         "rest: 2 numbers, dense (given to sum)",
         "a gradient: 78 numbers instead of 457",
     ]
+
+
+class Mixed(nn.Module):
+    """Linear layers in bfloat16 whatever the parameters are in."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.last(torch.tanh(self.first(x))).float()
+
+
+def test_gradients_have_the_type_of_the_parameters():
+    model, x, y = Mixed(), torch.randn(6, 4), torch.randint(0, 3, (6,))
+    rows = Problem(model, F.cross_entropy).structured(Batch(x[:3], y[:3])).gradients(x, y)
+    assert rows.factors
+    assert {array.dtype for array in rows.arrays.values()} == {torch.float32}
+
+
+def test_many_samples_are_taken_in_turns(monkeypatch):
+    case = make_case("mlp")
+    problem = Problem(case.model, case.loss).structured(Batch(case.train[0][:3], case.train[1][:3]))
+    whole = problem.gradients(*case.train)
+    sizes = []
+    record = Problem.record
+    monkeypatch.setattr("outfluence.problem.SAMPLES", 10)
+    monkeypatch.setattr(Problem, "record", lambda self, x: sizes.append(len(x)) or record(self, x))
+    parts = problem.gradients(*case.train)
+    assert sizes == [10, 10, 4]
+    assert torch.allclose(parts.dense().values, whole.dense().values, rtol=1e-12)
+
+
+def test_in_inference_mode():
+    case = make_case("mlp")
+    model = DirectInfluence(case.model, case.loss, 0.05, second_order_mode="gauss_newton").fit(case.train)
+    expected = model.influences(*case.test, *case.train)
+    with torch.inference_mode():
+        x, y = case.test[0] * 1.0, case.test[1] * 1
+        assert torch.allclose(model.influences(x, y, *case.train), expected, rtol=1e-10)
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.four, self.eight = nn.Linear(4, 3), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.four(x) if x.shape[1] == 4 else self.eight(x)
+
+
+def test_a_second_fit_looks_again():
+    y, small, large = torch.randint(0, 3, (9,)), torch.randn(9, 4), torch.randn(9, 8)
+    first, second = (DirectInfluence(Branches(), F.cross_entropy, 0.1) for _ in range(2))
+    second.problem.model.load_state_dict(first.problem.model.state_dict())
+    first.fit((small, y)).fit((large, y))
+    assert torch.allclose(first.influences(large, y), second.fit((large, y)).influences(large, y), rtol=1e-5)
+
+
+class Square(nn.Module):
+    """One weight in both ways, and one bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return torch.addmm(self.b, torch.tanh(F.linear(x, self.w, self.b)), self.w)
+
+
+def test_a_bias_of_a_weight_that_is_used_in_both_ways():
+    model, x, y = Square().double(), torch.randn(6, 4).double(), torch.randint(0, 4, (6,))
+    problem = Problem(model, F.cross_entropy).structured(Batch(x[:3], y[:3]))
+    assert set(problem.structure.units) == {"w", "b"}
+    expected = reference.gradients(model, F.cross_entropy, x, y)
+    assert np.abs(problem.gradients(x, y).dense().values.numpy() - expected).max() <= 1e-10 * np.abs(expected).max()

@@ -201,6 +201,57 @@ def test_kept_gradients_score_new_samples(method, on_dask, client, tmp_path, mon
     assert "read from a store" in str(lazy.plan)
 
 
+def test_gradients_in_another_basis_are_refused(tmp_path):
+    """Gradients, and those in the eigenbasis of EK-FAC, consist of arrays of the same names and sizes."""
+    case = make_case("mlp")
+    ekfac = EkfacInfluence(case.model, True, 0.05).fit(case.train)
+    direct = DirectInfluence(case.model, case.loss, 0.05, "layer_wise").fit(case.train)
+    of_ekfac, of_direct = SequentialInfluenceCalculator(ekfac), SequentialInfluenceCalculator(direct)
+    of_ekfac.influences(case.test, case.train, keep_gradients=True).to_zarr(tmp_path / "rotated.zarr")
+    dense = ekfac.influence_factors(*case.test)
+    of_ekfac.influences_from_factors(dense, case.train, keep_gradients=True).to_zarr(tmp_path / "plain.zarr")
+    with pytest.raises(DataError, match="basis"):
+        of_direct.influences(case.test, from_store=tmp_path / "rotated.zarr")
+    with pytest.raises(DataError, match="basis"):
+        of_ekfac.influences(case.test, from_store=tmp_path / "plain.zarr")
+    with pytest.raises(DataError, match="basis"):
+        of_ekfac.influences_from_factors(dense, from_store=tmp_path / "rotated.zarr")
+    expected = ekfac.influences(*case.test, *case.train).numpy()
+    again = of_ekfac.influences_from_factors(dense, from_store=tmp_path / "plain.zarr").compute()
+    assert np.allclose(again, expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["ekfac", "nystroem", "cg"])
+def test_samples_of_other_numbers_of_positions(method, tmp_path):
+    """Test samples may be longer than training samples; factors that were stored must be like those of the fit."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+    def loss(z, y):
+        return nn.functional.cross_entropy(z.mean(1), y)
+
+    influence = {
+        "ekfac": EkfacInfluence(model, True, 0.05, loss=loss, fisher="empirical"),
+        "nystroem": NystroemSketchInfluence(model, loss, 0.05, 10, second_order_mode="gauss_newton"),
+        "cg": CgInfluence(model, loss, 0.05, rtol=1e-12, atol=0.0, second_order_mode="gauss_newton"),
+    }[method]
+    train = torch.randint(0, 9, (20, 3)), torch.randint(0, 3, (20,))
+    test = torch.randint(0, 9, (7, 12)), torch.randint(0, 3, (7,))
+    calculator = SequentialInfluenceCalculator(influence.fit(train))
+    expected = influence.influences(*test, *train).numpy()
+    dataset = calculator.influences(test, train, keep_gradients=True, **CHUNKS).to_zarr(tmp_path / "a.zarr")
+    assert np.allclose(dataset["scores"], expected, rtol=1e-7, atol=1e-9)
+    again = calculator.influences(test, from_store=tmp_path / "a.zarr").compute()
+    assert np.allclose(again, expected, rtol=1e-7, atol=1e-9)
+    factors = calculator.influence_factors(test).to_zarr(tmp_path / "f.zarr")
+    if method == "cg":  # these are as long as the model
+        again = calculator.influences_from_factors(factors, train).compute()
+        assert np.allclose(again, expected, rtol=1e-7, atol=1e-9)
+    else:
+        with pytest.raises(DataError, match="of another size than those of the fit"):
+            calculator.influences_from_factors(factors, train)
+
+
 def test_gradients_of_something_else_are_refused(tmp_path):
     case = make_case("mlp")
     model = ArnoldiInfluence(case.model, case.loss, 0.05, rank=5).fit(case.train)

@@ -23,8 +23,10 @@ from outfluence.jobs import (
     TOP,
     Job,
     basis_of,
+    gradients_basis,
     major_versions,
     numpy_name,
+    positions_of,
     version_of,
 )
 from outfluence.plan import Plan
@@ -112,6 +114,8 @@ def about_run(job: Job, identity: dict[str, Any], plan: Plan) -> dict[str, Any]:
     return {
         "identity": identity,
         "basis": basis_of(job.model),
+        "gradients_basis": gradients_basis(job) if job.wanted.gradients else None,
+        "positions": {FACTORS: positions_of(job.left_rows()), GRADIENTS: positions_of(job.right_rows())},
         "plan": plan.to_json(),
         "memory_limit": plan.memory_limit,
         "tasks": {stage.name: stage.n_tasks for stage in plan.stages},

@@ -91,7 +91,7 @@ class InfluenceModel:
         Raises:
             ProblemError: see `Problem.check`.
         """
-        self.problem = self.problem.check(_first(data), "training")
+        self.problem = replace(self.problem).check(_first(data), "training")
 
     def _fitted(self, data: Data) -> Self:
         self._regularization = per_block(self.solver.regularization, self.problem)
@@ -107,7 +107,9 @@ class InfluenceModel:
         return other
 
     def restore(self, data: DataLike, tensors: Mapping[str, Tensor]) -> Self:
-        """Make this model what it was after ``fit(data)``, from the `tensors` of its inverse; nothing is computed.
+        """Make this model what it was after ``fit(data)``, from the `tensors` of its inverse.
+
+        Of the data only the first samples are read.
 
         Raises:
             ProblemError: if the tensors are not those of a fit of this method and problem.
@@ -156,6 +158,8 @@ class InfluenceModel:
             This model.
         """
         self.problem = self.problem.to(device)
+        if self._empty is not None:
+            self._empty = self._empty.with_arrays({name: a.to(device) for name, a in self._empty.arrays.items()})
         if self._inverse is not None:
             moved = self._inverse.with_tensors({k: t.to(device) for k, t in self._inverse.tensors.items()})
             self._inverse = moved.reading(self.problem, moved.data) if moved.data is not None else moved

@@ -21,7 +21,7 @@ from outfluence.influence import InfluenceModel
 from outfluence.modes import InfluenceMode
 from outfluence.plan import ACTIVATION_COPIES, Plan, Work
 from outfluence.problem import DIRECTIONS
-from outfluence.rows import WORKSPACE, DenseRows, FactoredRows, GradientRows, Rows
+from outfluence.rows import WORKSPACE, CoordinateRows, DenseRows, FactoredRows, GradientRows, Rows
 from outfluence.store import Store
 
 #: Where the arrays of left rows, scores, self-influences, means of groups and right rows are in a store.
@@ -128,14 +128,15 @@ class Job:
         """Left rows of no samples: what arrays they consist of."""
         if self.factors is not None and isinstance(self.factors.rows(slice(0, 1)).x, Tensor):
             return self.model.as_rows(torch.zeros(0, self.model.n_parameters))
-        rows: Rows = self.model.inverse.left(self._gradients(self.test_gradients, self.train_gradients))
+        rows: Rows = self.model.inverse.left(self._gradients(self.test_gradients))
         return rows
 
     def right_rows(self) -> Rows:
         """Right rows of no samples."""
-        return self.model.right_rows(self._gradients(self.train_gradients, self.test_gradients), self.left_rows())
+        return self.model.right_rows(self._gradients(self.train_gradients), self.left_rows())
 
     def _gradients(self, *known: GradientRows | None) -> GradientRows:
+        """The first that is known, or those of the data of the fit."""
         return next((rows for rows in known if rows is not None), self.model.empty_gradients())
 
     def in_batches(self, size: int) -> Job:
@@ -265,13 +266,17 @@ def wanted_of(
 
 def factor_data(factors: Any, model: InfluenceModel) -> Data:
     """Factors as data whose x is the values, or a dict of the arrays of another kind of rows."""
-    wanted = model.inverse.left(model.empty_gradients()).arrays
+    left = model.inverse.left(model.empty_gradients())
+    wanted = left.arrays
     if isinstance(factors, xr.Dataset):
+        about = factors.attrs.get("outfluence", {})
         names = {f"factor_{name}": name for name in wanted}
         if "factors" in factors:
             factors = factors["factors"]
+        elif about.get("positions", {}).get(FACTORS, {}) != positions_of(left):
+            raise DataError("these factors are of samples of another size than those of the fit: fit on such")
         elif names.keys() <= set(factors.data_vars):
-            if factors.attrs.get("outfluence", {}).get("basis") != basis_of(model):
+            if about.get("basis") != basis_of(model):
                 raise DataError(
                     "these factors are coordinates in the basis of another fit or rank: compute them again with this "
                     "model, or keep the model that made them"
@@ -309,14 +314,26 @@ def _gradient_data(store: Store, job: Job) -> Data:
             f"{', '.join(sorted(wanted))}: keep gradients with the same method"
         )
     arrays = {name: store.group[f"{GRADIENTS}/{name}"] for name in wanted}
-    if any(array.shape[1] != rows[name].shape[1] for name, array in arrays.items()):  # type: ignore[union-attr]
-        raise DataError(f"{store.path} keeps gradients of samples of another size than the test samples'")
-    if model.inverse.in_basis and store.about.get("basis") != basis_of(model):
+    if store.about.get("positions", {}).get(GRADIENTS, {}) != positions_of(job.right_rows()):
+        raise DataError(f"{store.path} keeps gradients of samples of another size than those of the fit: fit on such")
+    if store.about.get("gradients_basis") != gradients_basis(job):
         differing.append("basis (another fit or rank)")
     if differing:
         raise DataError(f"{store.path} keeps gradients of something else; these differ: {', '.join(differing)}")
-    content = fingerprint([made_by["train_data"], store.about["basis"], *(made_by[key] for key in ("weights", "loss"))])
+    made_from = [made_by["train_data"], store.about["gradients_basis"], made_by["weights"], made_by["loss"]]
+    content = fingerprint(made_from)
     return Data.from_arrays(arrays if wanted != ["values"] else arrays["values"], fingerprint=content)
+
+
+def gradients_basis(job: Job) -> str | None:
+    """What kept rows of training samples refer to; None where they are gradients."""
+    return None if isinstance(job.left_rows(), DenseRows) else basis_of(job.model)
+
+
+def positions_of(rows: Rows) -> dict[str, int]:
+    """How many positions the factors have that rows consist of."""
+    part = rows.identity if isinstance(rows, CoordinateRows) else rows
+    return part.positions if isinstance(part, FactoredRows) else {}
 
 
 def basis_of(model: InfluenceModel) -> str | None:

@@ -123,6 +123,7 @@ class Recorder(TorchFunctionMode):
     def __init__(self, parameters: Mapping[str, Tensor], n: int, axes: tuple[int | str | None, ...] | None) -> None:
         super().__init__()
         self._names = {id(tensor): name for name, tensor in parameters.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in parameters.items()}
         self._shapes = {name: tensor.shape for name, tensor in parameters.items()}
         self._n, self._axes = n, axes
         self.uses: list[Use] = []
@@ -243,15 +244,16 @@ class Recording:
             loss, list(kept.values()), retain_graph=True, materialize_grads=True, allow_unused=True
         )
         by_output = {i: gradient.detach() for i, gradient in zip(kept, gradients, strict=True)}
-        return {name: self._factor(unit, by_output) for name, unit in self.structure.units.items()}
+        dtypes = self._recorder.dtypes
+        return {name: self._factor(unit, by_output, dtypes[name]) for name, unit in self.structure.units.items()}
 
-    def _factor(self, unit: Unit, gradients: Mapping[int, Tensor]) -> Factor:
+    def _factor(self, unit: Unit, gradients: Mapping[int, Tensor], dtype: torch.dtype) -> Factor:
         uses = [use for use in self._recorder.uses if use.parameter == unit.parameter and use.output in gradients]
         if unit.is_vector:
-            total = sum(self._vector(use, gradients[use.output], unit.matrix.size) for use in uses)
+            total = sum(self._vector(use, gradients[use.output].to(dtype), unit.matrix.size).to(dtype) for use in uses)
             assert isinstance(total, Tensor)
             return Factor(total[:, None, None, :], total.new_ones(self.n, 1, 1, 1))
-        parts = [self._sides(use, gradients[use.output], unit) for use in uses]
+        parts = [self._sides(use, gradients[use.output].to(dtype), unit) for use in uses]
         d = torch.cat([d for d, _ in parts], dim=1) if len(parts) > 1 else parts[0][0]
         a = torch.cat([a for _, a in parts], dim=1) if len(parts) > 1 else parts[0][1]
         return Factor(d, a)
@@ -417,7 +419,7 @@ def _units(recorder: Recorder, blocks: Mapping[str, Iterable[str]], reasons: Map
         unit = _matrix_unit(name, bias, uses, recorder, columns)
         if unit is not None:
             units[name] = unit
-            biases.add(bias)
+            biases.add(unit.bias)
     for name, (block, where) in columns.items():
         uses = by_parameter.get(name, [])
         if name in reasons or name in biases or not uses or any(use.kind != "vector" for use in uses):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -34,6 +34,8 @@ Loss = Callable[[Any, Any], Tensor]
 #: The block of parameters held by the model itself rather than by one of its layers.
 ROOT = "(root)"
 
+#: Bytes of the largest model that is copied to float64 to compare gradients there.
+_LARGEST_COPY = 64 << 20
 #: Most samples, and most directions, that are computed at once; more are taken in turns.
 SAMPLES = 256
 DIRECTIONS = 16
@@ -176,6 +178,16 @@ class Problem:
         """
         if not self.structure.units:
             return DenseRows(self.block_gradients(x, y, self.names), self.sections)
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return self.gradients(_plain(x), _plain(y), compact)
+        n = tree_leaves(x)[0].shape[0]
+        if n > SAMPLES:
+            some = []
+            for start in range(0, n, SAMPLES):
+                take = partial(_at, slice(start, start + SAMPLES))
+                some.append(self.gradients(tree_map(take, x), tree_map(take, y), compact))
+            return some[0].with_arrays({name: torch.cat([r.arrays[name] for r in some]) for name in some[0].arrays})
         recording = self.record(x)
         factors = recording.factors(self.sum_of_losses(recording.output, self.on_device(y)))
         parts, matrices, columns = dict[str, Factor | Tensor](factors), self.structure.matrices, self._layout.columns
@@ -229,18 +241,13 @@ class Problem:
         """
         if not self.structure.units:
             return {}
-        try:  # in float64, where a difference is a difference
-            exact = replace(self, model=copy.deepcopy(self.model).double(), block_structure=self.blocks)
-            x, y = (tree_map(lambda t: t.double() if t.is_floating_point() else t, part) for part in batch)
-            differences, tolerance = _differences(exact._with(self.structure), Batch(x, y)), (1e-9, 1e-13)
+        try:
+            differences, tolerance = self._differences(batch)
         except OutfluenceError:
             raise
-        except Exception:  # a model may work in its own type only
-            try:
-                differences, tolerance = _differences(self, batch), (1e-3, 1e-6)
-            except Exception as error:
-                why = f"gradients of a batch fail: {type(error).__name__}: {error}"
-                return dict.fromkeys(self.structure.expanded or self.names, why)
+        except Exception as error:
+            why = f"gradients of a batch fail: {type(error).__name__}: {error}"
+            return dict.fromkeys(self.structure.expanded or self.names, why)
         largest = max(scale for _, scale in differences.values())
         wrong: dict[str, str] = {}
         for name, (difference, scale) in differences.items():
@@ -250,6 +257,18 @@ class Problem:
         # An axis of samples where the model does not expect one makes the gradients of other parameters wrong, too.
         first = self.structure.expanded
         return {name: why for name, why in wrong.items() if name in first} or wrong
+
+    def _differences(self, batch: Batch) -> tuple[dict[str, tuple[float, float]], tuple[float, float]]:
+        """See the function of that name; and how much of each entry, and of the largest of all, is rounding.
+
+        In float64, where a difference is a difference, if the model is not large, and works in that type.
+        """
+        if sum(p.nbytes for p in self.model.parameters()) <= _LARGEST_COPY:
+            with suppress(Exception):
+                exact = replace(self, model=copy.deepcopy(self.model).double(), block_structure=self.blocks)
+                x, y = (tree_map(lambda t: t.double() if t.is_floating_point() else t, part) for part in batch)
+                return _differences(exact._with(self.structure), Batch(x, y)), (1e-9, 1e-13)
+        return _differences(self, batch), (1e-3, 1e-6)
 
     def factor_bytes(self, sample: Batch) -> int:
         """Bytes of the inputs and output gradients of one sample's layers, before any are multiplied."""
@@ -393,7 +412,7 @@ class Problem:
             together = run(x)
             n = tree_leaves(x)[0].shape[0]
             for i in range(n):
-                alone = run(tree_map(partial(_only, i), x))
+                alone = run(tree_map(partial(_at, slice(i, i + 1)), x))
                 pairs = [(whole, part) for whole, part in zip(together, alone, strict=True) if len(part) == 1]
                 # An output without an axis of samples says nothing here; methods that need the axis refuse it.
                 if not all(_agree(whole[i], part[0]) for whole, part in pairs if len(whole) == n):
@@ -531,8 +550,13 @@ def _differences(problem: Problem, batch: Batch) -> dict[str, tuple[float, float
     return found
 
 
-def _only(i: int, leaf: Tensor) -> Tensor:
-    return leaf[i : i + 1]
+def _plain(tree: Tree) -> Tree:
+    """Tensors that may take part in a graph, also those made in inference mode."""
+    return tree_map(lambda t: t.clone() if t.is_inference() else t, tree)
+
+
+def _at(index: slice, leaf: Tensor) -> Tensor:
+    return leaf[index]
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:

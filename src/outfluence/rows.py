@@ -340,7 +340,10 @@ class FactoredRows:
             left, other, weight = self.part(name), right.part(name), self._weight(name, right)
             factors = [side for side in (left, other) if isinstance(side, Factor)]
             small = len(factors) == 2 and all(f.positions == 1 and not f.is_one_hot for f in factors)
-            step = len(out) if small else max(1, WORKSPACE // (4 * out.element_size() * matrix.size))
+            taken = matrix.size
+            if len(factors) == 2 and factors[0].is_one_hot:
+                taken = factors[0].positions * factors[1].positions
+            step = len(out) if small else max(1, WORKSPACE // (4 * out.element_size() * taken))
             for part in _parts(len(out), max(1, step)):
                 out[part] += _dot_each(left[part], other[part], matrix, weight)
         return out
@@ -365,6 +368,11 @@ class FactoredRows:
         for name, matrix in self.matrices.items():
             self._add_product(name, vectors[matrix.block], out)
         return out
+
+    @property
+    def positions(self) -> dict[str, int]:
+        """T of each factor."""
+        return {name: factor.positions for name, factor in self.factors.items()}
 
     def multiplied_by_block(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Vectors ``(k, P_block)`` of each block, multiplied with the rows: ``(k, n)``."""

@@ -351,10 +351,11 @@ def _second_moments(rotated: Factor, d_out: int, d_in: int) -> Tensor:
     d, a = rotated.gradients, rotated.inputs
     if rotated.is_one_hot:
         # Positions of a sample at the same place add up before they are squared.
-        same = (a[:, :, None] == a[:, None, :]).to(d.dtype)
-        squares = (same @ d[:, :, 0]).square() / same.sum(2, keepdim=True)
-        total = d.new_zeros(d_in, d_out).index_add_(0, a.flatten(), squares.flatten(0, 1))
-        return total.T[None]
+        # Each place of a sample is a number of its own: nothing of the size of T^2 or of the matrix is formed.
+        pairs = (a + d_in * torch.arange(len(a), device=a.device)[:, None]).flatten()
+        places, where = torch.unique(pairs, return_inverse=True)
+        sums = d.new_zeros(len(places), d_out).index_add_(0, where, d[:, :, 0].flatten(0, 1))
+        return d.new_zeros(d_in, d_out).index_add_(0, places % d_in, sums.square_()).T[None]
     if rotated.positions == 1:  # squared entries of an outer product factor: no per-sample gradient is formed
         return d[:, 0].square().transpose(0, 1).mT @ a[:, 0].square().transpose(0, 1)
     groups = d.shape[2]
