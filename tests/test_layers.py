@@ -1362,3 +1362,19 @@ def test_a_bias_of_a_weight_that_is_used_in_both_ways():
     assert set(problem.structure.units) == {"w", "b"}
     expected = reference.gradients(model, F.cross_entropy, x, y)
     assert np.abs(problem.gradients(x, y).dense().values.numpy() - expected).max() <= 1e-10 * np.abs(expected).max()
+
+
+class Sometimes(nn.Linear):
+    """Uses its weight in another way for some samples."""
+
+    def forward(self, x):
+        output = super().forward(x)
+        return output + self.weight.tanh().sum() if x.sum() > 1e6 else output
+
+
+def test_another_use_for_later_samples_is_refused():
+    x, y = torch.randn(6, 4), torch.randint(0, 3, (6,))
+    problem = Problem(Sometimes(4, 3), F.cross_entropy).structured(Batch(x[:3], y[:3]))
+    problem.gradients(x, y)
+    with pytest.raises(UnsupportedLayerError, match="calls other layers for these samples"):
+        problem.gradients(x + 1e7, y)

@@ -317,7 +317,8 @@ def record(
     recorder = Recorder(parameters, n, structure.axes)
     with torch.enable_grad(), recorder:
         output = call(parameters)
-    if tuple(use.signature for use in recorder.uses) != structure.signature:
+    strange = recorder.others.keys() - structure.dense.keys()
+    if strange or tuple(use.signature for use in recorder.uses) != structure.signature:
         raise UnsupportedLayerError(
             "the model calls other layers for these samples than for the first of the data it was fitted on, so that "
             "their gradients have another structure: fit on data like these"
