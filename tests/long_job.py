@@ -29,7 +29,7 @@ def job(seconds=0.005):
     torch.manual_seed(0)
     model = Slow(seconds)
     train = torch.randn(300, 50), torch.randint(0, 5, (300,))
-    test = torch.randn(70, 50), torch.randint(0, 5, (70,))
+    test = torch.randn(60, 50), torch.randint(0, 5, (60,))
     return EkfacInfluence(model, True, 1e-2), test, Data.of(train).in_batches(10)
 
 
@@ -43,7 +43,7 @@ def run(path, client=None, seconds=0.005):
     try:
         calculator = SequentialInfluenceCalculator(model) if client is None else DaskInfluenceCalculator(model, client)
         calculator.fit(train, f"{path}.fit")
-        lazy = calculator.influences(test, train, self_influences=True, top_k=7, test_chunk=10, train_chunk=10)
+        lazy = calculator.influences(test, train, self_influences=True, top_k=7, test_chunk=2, train_chunk=10)
         return lazy.to_zarr(path)
     finally:
         torch.set_num_threads(threads)
