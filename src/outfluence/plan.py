@@ -25,8 +25,8 @@ MIB = 1 << 20
 RUNTIME_BYTES = 160 * MIB
 #: Copies of a batch's gradients while they are made, checked and laid out; and while an inverse is applied to them.
 _GRADIENT_COPIES, _INVERSE_COPIES = 3, 4
-#: Copies of the inputs and output gradients of layers while gradients are made of them.
-_FACTOR_COPIES = 3
+#: Copies of the inputs and output gradients of layers while gradients are made of them, which count besides.
+_FACTOR_COPIES = 2
 #: Vectors that an iteration keeps for each right-hand side: solution, residual, directions, their images, and copies.
 _SOLVE_COPIES = 14
 #: Activations of a batch, forward and backward, as multiples of what one sample keeps for its backward pass.
