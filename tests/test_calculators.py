@@ -594,7 +594,7 @@ def test_a_finished_task_is_not_done_again(mlp32, tmp_path):
     assert run_task(job, "scores", (), 2)["finished"] > first["finished"]
 
 
-@pytest.mark.parametrize(("n_test", "limit", "holds"), [(900, 600, True), (1500, 280, False)])
+@pytest.mark.parametrize(("n_test", "limit", "holds"), [(300, 600, True), (1500, 280, False)])
 def test_the_measured_peak_is_below_the_projected_one(fresh_client, tmp_path, n_test, limit, holds):
     torch.manual_seed(0)
     # Over so many positions that rows are as long as the model, 64 KiB.
@@ -613,7 +613,8 @@ def test_the_measured_peak_is_below_the_projected_one(fresh_client, tmp_path, n_
     for stage in lazy.plan.stages:
         projected = sum(lazy.plan.memory(stage.name).values())
         measured = max(receipt["peak_bytes"] for receipt in Store(tmp_path / "a.zarr").receipts(stage.name))
-        assert 0.3 * projected < measured <= projected <= limit << 20
+        # Not far below either: 192 MiB of it are for what processes may grow by, whatever they compute.
+        assert 0.25 * projected < measured <= projected <= limit << 20
 
 
 def test_an_existing_path_is_not_overwritten(mlp32, tmp_path):
