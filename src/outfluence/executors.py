@@ -49,7 +49,7 @@ _IDLE_SECONDS = 120.0
 #: A task that runs longer than this many seconds, and than so many times the median, is handed to a second worker.
 _STRAGGLER_SECONDS, _STRAGGLER_FACTOR = 30.0, 5.0
 
-#: The attempt at a task that workers were killed under.
+#: The last attempt at a task that workers were killed under.
 KILLED = 2
 
 #: What a task does: ``function(task, attempt)`` returns its receipt.
@@ -320,10 +320,12 @@ class _Run:
             task.losses += 1
             if task.losses >= _HAND_INS:
                 return Outcome(task.number, None, task.loss())
-            if isinstance(error, KilledWorker):
+            if task.losses == _HAND_INS - 1 and task.killed:
+                # Not before: in smaller pieces the last bits are others, and workers die of other things, too.
                 task.attempt = KILLED
-            last = task.losses == _HAND_INS - 1 and task.killed
-            (self.suspects if last else self.again).append(task)
+                self.suspects.append(task)
+            else:
+                self.again.append(task)
             return None
         task.failures += 1
         if task.failures > 1:
