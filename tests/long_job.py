@@ -43,7 +43,8 @@ def run(path, client=None, seconds=0.005):
     try:
         calculator = SequentialInfluenceCalculator(model) if client is None else DaskInfluenceCalculator(model, client)
         calculator.fit(train, f"{path}.fit")
-        lazy = calculator.influences(test, train, self_influences=True, top_k=7, test_chunk=2, train_chunk=10)
+        chunk = 10 if seconds < 0.01 else 2  # so many tasks of factors that there is a middle to kill them in
+        lazy = calculator.influences(test, train, self_influences=True, top_k=7, test_chunk=chunk, train_chunk=10)
         return lazy.to_zarr(path)
     finally:
         torch.set_num_threads(threads)
