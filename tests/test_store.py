@@ -187,3 +187,14 @@ def test_another_store_at_the_path_is_not_written_into(store):
 
 def test_two_processes_that_start_at_once_share_one_store(store):
     assert create(store.path).id == store.id
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64", "int64", "int32"])
+def test_a_lost_chunk_of_an_input_is_not_taken_for_data(tmp_path, kind):
+    store = Store.create(tmp_path / "a.zarr", [], {}, {"identity": {}, "tasks": {}})
+    array = store.put_input("content", "x0", 6, iter([np.zeros((3, 2), kind), np.ones((3, 2), kind)]))
+    assert np.array_equal(array[:], np.repeat([0, 1], 3)[:, None].repeat(2, 1).astype(kind))
+    (store.work_file("content") / "x0" / "c" / "0" / "0").unlink()
+    lost = array[:3]
+    assert np.isnan(lost).all() if kind.startswith("f") else (lost == np.iinfo(kind).min).all()
+    assert np.array_equal(store.put_input("content", "x0", 6, iter([np.zeros((6, 2), kind)]))[:], np.zeros((6, 2)))

@@ -422,6 +422,7 @@ def _write_input(folder: Path, n_rows: int, blocks: Iterator[np.ndarray], first:
         dtype=first.dtype,
         compressors=[Crc32cCodec()],
         overwrite=True,
+        fill_value=_strange(first.dtype),
         config={"write_empty_chunks": True},  # zeros are data, and a chunk that is not there is none
     )
     start = 0
@@ -430,6 +431,13 @@ def _write_input(folder: Path, n_rows: int, blocks: Iterator[np.ndarray], first:
         start += len(block)
     for file in [f for f in folder.rglob("*") if f.is_file()]:
         _sync(file)
+
+
+def _strange(dtype: np.dtype[Any]) -> Any:
+    """What a chunk that was lost reads as: nothing that a model or a loss takes, where the type has such a number."""
+    if dtype.kind == "f":
+        return dtype.type("nan")
+    return np.iinfo(dtype).min if dtype.kind == "i" else np.zeros((), dtype).item()
 
 
 def _is_sound_input(folder: Path) -> bool:
