@@ -19,7 +19,8 @@ from cases import make_case
 from outfluence import DirectInfluence, Problem
 from outfluence.data import Batch, tree_map
 from outfluence.errors import UnsupportedLayerError
-from outfluence.rows import DenseRows, Factor, FactoredRows, Matrix
+from outfluence.factors import Factor, Matrix
+from outfluence.rows import DenseRows, FactoredRows
 
 N = 5
 

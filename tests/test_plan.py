@@ -94,8 +94,8 @@ def test_the_plan_explains_itself():
     text = str(make_plan(work, 1 << 30))
     for words in (
         "500 test x 4,500 training",
-        "factors: 4 tasks",
-        "scores: 16 tasks",
+        "factors: 1 tasks of 500",
+        "scores: 9 tasks of 512",
         "1.00 GiB above its imports",
         "gradients of a chunk",
     ):

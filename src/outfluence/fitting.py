@@ -23,12 +23,12 @@ from torch import Tensor
 from outfluence.data import BATCH_SIZE, Data, Statistic, add_to, tree_leaves
 from outfluence.errors import PlanError, RunError, StoreError
 from outfluence.executors import Executor
+from outfluence.factors import WORKSPACE
 from outfluence.fingerprint import fingerprint
 from outfluence.jobs import Job, length, raise_failures
 from outfluence.plan import MIB, RUNTIME_BYTES, Stage
 from outfluence.progress import ProgressCallback, Tracker
 from outfluence.record import Record
-from outfluence.rows import WORKSPACE
 from outfluence.store import Store
 
 #: Tasks of a pass at most, and at least if there are so many batches; and bytes of all that they leave, about.

@@ -660,6 +660,9 @@ class EkfacInfluence(InfluenceModel):
         fisher: labels drawn from the model ("sampled"), their expectation ("exact": as many backward passes as
             the model has outputs a sample), or those of the data ("empirical").
         seed: of the sampled labels.
+        tolerance: error of scores that is allowed, relative to their root mean square. A sample is then encoded to the
+            entries of the largest eigenvalues: in the eigenbasis the inverse is nearly constant at all others. How many
+            that takes follows from the eigenvalues, and is tried on scores of training samples on each other. 0: exact.
     """
 
     def __init__(
@@ -672,8 +675,9 @@ class EkfacInfluence(InfluenceModel):
         loss: Loss = F.cross_entropy,
         fisher: FisherMode | str = FisherMode.SAMPLED,
         seed: int = 0,
+        tolerance: float = 0.0,
     ) -> None:
-        solver = KroneckerSolver(hessian_regularization, update_diagonal, FisherMode(fisher), seed, progress)
+        solver = KroneckerSolver(hessian_regularization, update_diagonal, FisherMode(fisher), seed, progress, tolerance)
         super().__init__(Problem(model, loss, BlockMode.LAYER_WISE), solver)
 
     influence_factors_by_layer = InfluenceModel.influence_factors_by_block

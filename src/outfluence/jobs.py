@@ -16,12 +16,13 @@ from torch import Tensor
 from outfluence.curvature import VECTORS
 from outfluence.data import Data, DataLike, tree_leaves
 from outfluence.errors import DataError, RunError, StoreError
+from outfluence.factors import WORKSPACE
 from outfluence.fingerprint import fingerprint
 from outfluence.influence import InfluenceModel
 from outfluence.modes import InfluenceMode
 from outfluence.plan import ACTIVATION_COPIES, Plan, Work
 from outfluence.problem import DIRECTIONS
-from outfluence.rows import WORKSPACE, CoordinateRows, DenseRows, FactoredRows, GradientRows, Rows
+from outfluence.rows import CoordinateRows, DenseRows, FactoredRows, GradientRows, Rows
 from outfluence.store import Store
 
 #: Where the arrays of left rows, scores, self-influences, means of groups and right rows are in a store.
@@ -182,9 +183,6 @@ class Job:
         left, right = self.left_rows(), self.right_rows()
         gradients = self._gradients(self.train_gradients, self.test_gradients)
         is_factored = not all(isinstance(rows, DenseRows) for rows in (left, right, gradients))
-        inverse = sum(t.nbytes for t in self.model.inverse.tensors.values())
-        if isinstance(left, FactoredRows):
-            inverse += sum(weight.nbytes for weight in left.weights.values())
         buffers = sum(b.nbytes for b in self.model.problem.model.buffers())
         return Work(
             n_test=len(n_rows) if n_rows is not None else 0,
@@ -211,7 +209,7 @@ class Job:
             test_rows=1 if n_rows is None else n_rows.source_rows,
             test_copies=2 if n_rows is None else n_rows.read_copies,
             fit_bytes=0 if source is None else _bytes_of(source) * source.source_rows,
-            model_bytes=sum(p.nbytes for p in problem.model.parameters()) + buffers + inverse,
+            model_bytes=sum(p.nbytes for p in problem.model.parameters()) + buffers + self.model.inverse.nbytes,
             activation_bytes=activations,
             batch_size=min(hints) if hints else None,
             sample_bytes=_bytes_of(sample_of),

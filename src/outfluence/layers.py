@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from outfluence.errors import UnsupportedLayerError
-from outfluence.rows import Factor, Matrix
+from outfluence.factors import Factor, Matrix
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,9 @@ _BLOCK_COPIES = 4
 _TILE_COPIES = 3
 #: Chunks no larger than this: enough for matrix products to be fast, and for chunk files of some 16 MiB.
 _MAX_TEST, _MAX_TRAIN, _MAX_BATCH = 1024, 4096, 256
-#: Small jobs are cut at least so often, to share the work and to lose little; but not into chunks smaller than this.
-_MIN_TEST_TASKS, _MIN_TRAIN_TASKS, _MIN_CHUNK = 4, 16, 128
+#: Small jobs are cut at least so often, to share the work and to lose little; but not into chunks smaller than this:
+#: so many samples, or fewer whose gradients would take so many bytes, but never fewer than that.
+_MIN_TEST_TASKS, _MIN_TRAIN_TASKS, _MIN_CHUNK, _MIN_CHUNK_BYTES, _LEAST_CHUNK = 4, 16, 512, 256 * MIB, 64
 #: More strips than this are joined, several chunks a task: a scheduler has better things to do.
 _MAX_STRIPS = 20_000
 #: Bytes of a score's position among the training samples.
@@ -523,8 +524,8 @@ def make_plan(work: Work, memory_limit: int, *, test_chunk: int | None = None, t
     test_chunk, train_chunk = (None if n is None else int(n) for n in (test_chunk, train_chunk))
     given = {"test_chunk": test_chunk, "train_chunk": train_chunk}
     sizes: dict[str, Any] = {
-        "test_chunk": test_chunk or _first_size(work.n_test, _MIN_TEST_TASKS, _MAX_TEST),
-        "train_chunk": train_chunk or _first_size(work.n_train, _MIN_TRAIN_TASKS, _MAX_TRAIN),
+        "test_chunk": test_chunk or _first_size(work.n_test, _MIN_TEST_TASKS, _MAX_TEST, work.dense_bytes),
+        "train_chunk": train_chunk or _first_size(work.n_train, _MIN_TRAIN_TASKS, _MAX_TRAIN, work.dense_bytes),
         "batch_size": min(work.batch_size or _MAX_BATCH, _MAX_BATCH, max(work.n_test, work.n_train)),
     }
 
@@ -560,8 +561,9 @@ def parse_bytes(text: str | int) -> int:
         raise PlanError(f"memory_limit={text!r} is no size; write it like '4GiB' or '500MB'") from error
 
 
-def _first_size(n: int, min_tasks: int, largest: int) -> int:
-    return max(1, min(largest, max(-(-n // min_tasks), _MIN_CHUNK)))
+def _first_size(n: int, min_tasks: int, largest: int, dense_bytes: int) -> int:
+    least = max(_LEAST_CHUNK, min(_MIN_CHUNK, _MIN_CHUNK_BYTES // max(1, dense_bytes)))
+    return max(1, min(largest, max(-(-n // min_tasks), least)))
 
 
 def _halved(sizes: dict[str, Any], name: str) -> dict[str, Any]:

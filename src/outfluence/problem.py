@@ -23,10 +23,11 @@ from torch.utils import _pytree
 
 from outfluence.data import Batch, Tree, describe, tree_leaves, tree_map
 from outfluence.errors import OutfluenceError, ProblemError
+from outfluence.factors import Factor, Matrix
 from outfluence.fingerprint import fingerprint
 from outfluence.layers import Layout, Recording, Structure, layout, look, record
 from outfluence.modes import BlockMode
-from outfluence.rows import DenseRows, Factor, FactoredRows, GradientRows, Matrix, check_finite
+from outfluence.rows import DenseRows, FactoredRows, GradientRows, check_finite
 
 #: Maps the model's output and the labels, both with one sample (first axis 1), to a scalar.
 Loss = Callable[[Any, Any], Tensor]

@@ -6,7 +6,7 @@ Calculators, stores and plans see only this: `len`, named arrays to store, and d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
@@ -14,13 +14,10 @@ import torch
 from torch import Tensor
 
 from outfluence.errors import NonFiniteError
+from outfluence.factors import WORKSPACE, Factor, Matrix
 
-#: Bytes that are formed at a time while factored rows are multiplied.
-WORKSPACE = 32 << 20
 #: Samples of the left and of the right rows that are multiplied at a time, where what is formed fits.
 _LEFT, _RIGHT = 1024, 4096
-#: How many times fewer numbers factors of several positions must take to be kept: each product of rows forms them.
-_SAVING = 4
 #: What an entry of a small matrix of positions costs beside the products that it is the sum of.
 _ENTRY = 32
 
@@ -115,106 +112,6 @@ class DenseRows:
         """The columns of each block times a number."""
         parts = [part * factors[name] for name, part in self.by_block().items()]
         return replace(self, values=torch.cat(parts, dim=1))
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A layer's part of a row, seen as a matrix ``(d_out, d_in)``, or as one for each group of a convolution.
-
-    Attributes:
-        block: of which block the parameters are.
-        groups: number of matrices.
-        d_out: rows of each.
-        d_in: columns of each; the last is the bias, if there is one.
-        weight: the columns of the weight among those of the block; None if it has no part.
-        bias: those of the bias; None if it has no part.
-        transposed: whether the weight is kept as ``(d_in, d_out)``.
-    """
-
-    block: str
-    groups: int
-    d_out: int
-    d_in: int
-    weight: slice | None
-    bias: slice | None = None
-    transposed: bool = False
-
-    @property
-    def size(self) -> int:
-        """Number of entries."""
-        return self.groups * self.d_out * self.d_in
-
-    def take(self, rows: Tensor, outputs: slice = slice(None)) -> Tensor:
-        """Rows of the matrices, from rows ``(n, P_block)``: ``(n, groups, k, d_in)``."""
-        parts = []
-        if self.weight is not None:
-            weight = rows[:, self.weight]
-            if self.transposed:
-                weight = weight.reshape(len(rows), 1, self._d_weight, self.d_out).mT
-            else:
-                weight = weight.reshape(len(rows), self.groups, self.d_out, self._d_weight)
-            parts.append(weight[:, :, outputs])
-        if self.bias is not None:
-            parts.append(rows[:, self.bias].reshape(len(rows), self.groups, self.d_out, 1)[:, :, outputs])
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
-
-    def put(self, rows: Tensor, matrices: Tensor) -> None:
-        """The inverse of `take`: write matrices ``(n, groups, d_out, d_in)`` into rows ``(n, P_block)``."""
-        if self.weight is not None:
-            weight = matrices[..., : self._d_weight]
-            rows[:, self.weight] = (weight.mT if self.transposed else weight).flatten(1)
-        if self.bias is not None:
-            rows[:, self.bias] = matrices[..., -1].flatten(1)
-
-    @property
-    def _d_weight(self) -> int:
-        return self.d_in - (self.bias is not None)
-
-
-@dataclass(frozen=True)
-class Factor:
-    """The matrices of samples as sums over T positions, ``sum_t d_t a_t^T``.
-
-    Attributes:
-        gradients: d, ``(n, T, groups, d_out)``.
-        inputs: a, ``(n, T, groups, d_in)``; or ``(n, T)`` integers, the places of the ones in vectors that are zero
-            elsewhere (embeddings).
-    """
-
-    gradients: Tensor
-    inputs: Tensor
-
-    def __getitem__(self, samples: slice) -> Factor:
-        return Factor(self.gradients[samples], self.inputs[samples])
-
-    @property
-    def is_one_hot(self) -> bool:
-        """Whether a is given by places."""
-        return not self.inputs.is_floating_point()
-
-    @property
-    def positions(self) -> int:
-        """T."""
-        return self.gradients.shape[1]
-
-    def formed(self, d_in: int, outputs: slice = slice(None)) -> Tensor:
-        """Rows of the matrices: ``(n, groups, k, d_in)``."""
-        d, a = self.gradients, self.inputs
-        if self.is_one_hot:
-            d = d[:, :, 0, outputs]
-            matrices = d.new_zeros(len(d), d_in, d.shape[2])
-            return matrices.scatter_add_(1, a[:, :, None].expand(d.shape), d).mT[:, None]
-        d = d[..., outputs]
-        if d.shape[1] == 1:
-            return d[:, 0, :, :, None] * a[:, 0, :, None, :]
-        return d.permute(0, 2, 3, 1) @ a.transpose(1, 2)
-
-    def is_smaller(self, matrix: Matrix) -> bool:
-        """Whether the sides take so many fewer numbers than the matrices that it pays to form these when needed."""
-        if self.is_one_hot:
-            return self.positions * (matrix.d_out + 1) < matrix.size
-        saving = 1 if self.positions == 1 else _SAVING
-        return saving * self.positions * matrix.groups * (matrix.d_out + matrix.d_in) < matrix.size
 
 
 @dataclass(frozen=True)
@@ -491,18 +388,18 @@ class CoordinateRows:
         return parts
 
 
-#: Rows of matrices, from which of their outputs: ``(n, K)``.
-_Form = Callable[[slice], Tensor]
+#: Rows of matrices, from which of their outputs: ``(n, groups, k, d_in)``; new ones may be written into the second.
+_Form = Callable[[slice, Tensor], Tensor]
 
 
 def _form(part: Factor | Tensor, matrix: Matrix) -> _Form:
     if isinstance(part, Factor):
-        return lambda outputs: part.formed(matrix.d_in, outputs).flatten(1)
-    return lambda outputs: part[:, :, outputs].flatten(1)
+        return lambda outputs, into: part.formed(matrix.d_in, outputs, into)
+    return lambda outputs, _into: part[:, :, outputs]
 
 
 def _take(rows: Tensor, matrix: Matrix) -> _Form:
-    return lambda outputs: matrix.take(rows, outputs).flatten(1)
+    return lambda outputs, _into: matrix.take(rows, outputs)
 
 
 def _length_of(parts: Mapping[str, Factor | Tensor]) -> tuple[int, Tensor]:
@@ -514,11 +411,20 @@ def _length_of(parts: Mapping[str, Factor | Tensor]) -> tuple[int, Tensor]:
 def _add_formed(left: _Form, right: _Form, matrix: Matrix, weight: Tensor | None, out: Tensor) -> None:
     """Add the products of matrices, of so many of their rows at a time as fit."""
     per_output = 4 * out.element_size() * matrix.groups * matrix.d_in * sum(out.shape)
-    for outputs in _parts(matrix.d_out, max(1, WORKSPACE // max(1, per_output))):
-        formed = left(outputs)
+    step = min(matrix.d_out, max(1, WORKSPACE // max(1, per_output)))
+    # Written again and again: new memory would cost more than what is written there.
+    shape = (matrix.groups, step, matrix.d_in)
+    left_space, right_space = out.new_empty(len(out), *shape), out.new_empty(out.shape[1], *shape)
+    for outputs in _parts(matrix.d_out, step):
+        if outputs.stop - outputs.start < step:
+            left_space, right_space = (
+                space[:, :, : outputs.stop - outputs.start] for space in (left_space, right_space)
+            )
+        formed = left(outputs, left_space)
         if weight is not None:
-            formed = formed * weight[:, outputs].flatten()
-        torch.addmm(out, formed, right(outputs).T, out=out)  # as addmm_, which torch's counter of FLOPs does not know
+            formed = torch.mul(formed, weight[:, outputs], out=left_space)
+        # As addmm_, which torch's counter of FLOPs does not know.
+        torch.addmm(out, formed.flatten(1), right(outputs, right_space).flatten(1).T, out=out)
 
 
 def _is_gram_cheaper(left: Factor, right: Factor, matrix: Matrix) -> bool:
@@ -620,6 +526,14 @@ def _tiles(out: Tensor, per_sample: int | None, per_pair: int = 0) -> Iterator[t
 def _parts(n: int, size: int) -> Iterator[slice]:
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
+
+
+def joined(parts: Sequence[GradientRows]) -> GradientRows:
+    """The rows of one after the other, all of them of the same structure."""
+    (first, *more) = parts
+    return first.with_arrays(
+        {name: torch.cat([array, *(rows.arrays[name] for rows in more)]) for name, array in first.arrays.items()}
+    )
 
 
 def check_finite(rows: Tensor, what: str, samples: str, start: int = 0) -> None:

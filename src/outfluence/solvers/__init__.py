@@ -69,6 +69,11 @@ class Inverse(ABC):
         """This inverse with other tensors of the same names."""
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of what it holds, of what it makes of that for itself, too."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
     def takes_factors(self) -> bool:
         """Whether it makes use of the factors of gradients also where the gradients themselves are smaller."""
         return False

@@ -15,8 +15,8 @@ entries of left times right times ``R = 1 / (Lambda + lambda)``: rows are kept a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -25,17 +25,25 @@ from torch import Tensor
 
 from outfluence.curvature import draws
 from outfluence.data import Batch, Data, add_to
-from outfluence.errors import SingularMatrixError, UnsupportedLayerError
+from outfluence.errors import ProblemError, SingularMatrixError, UnsupportedLayerError
+from outfluence.factors import WORKSPACE, Factor
 from outfluence.layers import Unit
 from outfluence.likelihood import Likelihood, find_likelihood, the_tensor
 from outfluence.modes import FisherMode
 from outfluence.problem import Problem
-from outfluence.rows import WORKSPACE, DenseRows, Factor, FactoredRows, GradientRows, check_finite
+from outfluence.rows import CoordinateRows, DenseRows, FactoredRows, GradientRows, Rows, check_finite, joined
 from outfluence.solvers import Inverse, Regularization, grouped, per_block
+from outfluence.solvers.truncation import truncation
 
 #: Largest matrix of a layer, and of a vector, whose eigenvectors are computed.
 _MAX_SIDE, _MAX_VECTOR = 20_000, 1024
-
+#: Training samples whose scores on each other tell whether a tolerance is kept, in groups of so many neighbours; fewer,
+#: if their gradients take more bytes than this.
+_TRIED, _NEIGHBOURS, _TRIED_BYTES = 256, 8, 256 << 20
+#: How many times fewer numbers than a matrix the product of two samples' gradients must take to be used for a constant.
+_CHEAPER = 8
+#: What of the tolerance is aimed at: test samples are not those that the eigenvalues are from.
+_MARGIN = 0.5
 
 #: Eigenvectors of the outputs and of the inputs of a unit, ``(groups, d, d)``; None: the identity.
 Basis = tuple[Tensor | None, Tensor | None]
@@ -51,6 +59,7 @@ class KroneckerSolver:
         fisher: whose labels the output gradients are taken at.
         seed: of the sampled labels. Sample i gets the same draw whatever the batches.
         progress: show a bar over the data.
+        tolerance: error of scores, relative to their root mean square; see `truncation`. 0: none.
     """
 
     regularization: Regularization = 0.0
@@ -58,6 +67,7 @@ class KroneckerSolver:
     fisher: FisherMode = FisherMode.SAMPLED
     seed: int = 0
     progress: bool = False
+    tolerance: float = 0.0
 
     def fit(self, problem: Problem, data: Data) -> KroneckerInverse:
         """One pass over the data for the covariances, one more for the eigenvalues if they are corrected.
@@ -67,6 +77,8 @@ class KroneckerSolver:
             ProblemError: if labels are to be drawn from the model and the loss is none of a known distribution.
             SingularMatrixError: if a layer's regularized curvature has no inverse.
         """
+        if not 0 <= self.tolerance < 1:
+            raise ProblemError(f"tolerance is a part of the scores' size, from 0 to below 1, not {self.tolerance!r}")
         sampling = self.fisher is not FisherMode.EMPIRICAL
         likelihood = find_likelihood(problem, data.rows(slice(0, 1))) if sampling else None
         regularization = per_block(self.regularization, problem)
@@ -99,19 +111,19 @@ class KroneckerSolver:
             eigenvalues = {name: g[0].unsqueeze(-1) * a[0].unsqueeze(-2) for name, (g, a) in bases.items()}
         inverse = KroneckerInverse(problem.structure.units, problem.sections, vectors, eigenvalues, regularization)
         inverse.check()
-        return inverse
+        return _within_tolerance(inverse, problem, data, self.tolerance) if self.tolerance else inverse
 
     def restore(self, problem: Problem, data: Data, tensors: Mapping[str, Tensor]) -> KroneckerInverse:
         """See `Solver`."""
         problem = _with_structure(problem, data)
-        units, parts = problem.structure.units, grouped(tensors)
-        vectors = {name: (parts["out"].get(name), parts["in"].get(name)) for name in units}
         regularization = per_block(self.regularization, problem)
-        return KroneckerInverse(units, problem.sections, vectors, parts["eigenvalues"], regularization)
+        inverse = KroneckerInverse(problem.structure.units, problem.sections, {}, {}, regularization)
+        return inverse.with_tensors(tensors)
 
     def options(self) -> dict[str, Any]:
         """What the fit depends on."""
-        return {"update_diagonal": self.update_diagonal, "fisher": str(self.fisher), "seed": self.seed}
+        names = ("update_diagonal", "fisher", "seed", "tolerance")
+        return {name: str(value) if isinstance(value := getattr(self, name), FisherMode) else value for name in names}
 
 
 @dataclass(frozen=True)
@@ -195,6 +207,9 @@ class KroneckerInverse(Inverse):
             None where it is the identity.
         eigenvalues: Lambda, by unit ``(groups, d_out, d_in)``.
         regularization: lambda, per block.
+        kept: the entries of each unit that count one by one, ``(k,)``; see `truncation`. None: all.
+        constants: by unit the number that stands for R at all others, ``(1,)``; none: zero.
+        aim: the expected error that `kept` was chosen for, ``(1,)``.
     """
 
     units: Mapping[str, Unit]
@@ -202,30 +217,42 @@ class KroneckerInverse(Inverse):
     vectors: Mapping[str, Basis]
     eigenvalues: Mapping[str, Tensor]
     regularization: Mapping[str, float]
+    kept: Mapping[str, Tensor] | None = None
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
+    aim: Tensor | None = None
 
-    def left(self, gradients: GradientRows) -> FactoredRows:
-        """Gradients in the eigenbasis, and ``R = 1 / (Lambda + lambda)`` beside them."""
-        return self._rows(gradients, self._weights)
+    def left(self, gradients: GradientRows) -> FactoredRows | CoordinateRows:
+        """Gradients in the eigenbasis, and ``R = 1 / (Lambda + lambda)`` beside them, or multiplied in."""
+        if self.kept is None:
+            return self._rows(gradients, self._weights)
+        return self._coordinates(gradients, self.kept, is_left=True)
 
-    def right(self, gradients: GradientRows) -> FactoredRows:
+    def right(self, gradients: GradientRows) -> FactoredRows | CoordinateRows:
         """Gradients in the eigenbasis."""
-        return self._rows(gradients, None)
+        if self.kept is None:
+            return self._rows(gradients, None)
+        return self._coordinates(gradients, self.kept, is_left=False)
 
-    def dense(self, left: FactoredRows) -> DenseRows:
+    def dense(self, left: FactoredRows | CoordinateRows) -> DenseRows:
         """``Q_out (R * Q_out^T g Q_in) Q_in^T``, g the gradient matrix of a sample and unit."""
-        values = left.formed.new_zeros(len(left), max(section.stop for section in self.sections.values()))
-        for name, unit in self.units.items():
-            part, block = left.part(name), values[:, self.sections[unit.matrix.block]]
-            entries = part.formed(unit.matrix.d_in) if isinstance(part, Factor) else part
-            if name in left.weights:
-                entries = entries * left.weights[name]
-            unit.matrix.put(block, self._back(name, entries))
+        (first, *_) = left.arrays.values()
+        values = first.new_zeros(len(left), max(section.stop for section in self.sections.values()))
+        for name, entries in self._entries(left):
+            unit = self.units[name]
+            unit.matrix.put(values[:, self.sections[unit.matrix.block]], self._back(name, entries))
         return DenseRows(values, self.sections)
 
     def quadratic(self, gradients: GradientRows) -> Tensor:
-        """The squared entries in the eigenbasis, times R."""
-        right = self.right(gradients)
+        """The squared entries in the eigenbasis, times R; all of them."""
+        right = self._rows(gradients, None)
         return self._weighted(right).dot_each(right)
+
+    def truncated(self, aim: float, with_constant: Collection[str]) -> Self:
+        """This inverse with entries that suffice for scores with an error; see `truncation`."""
+        by_unit = {name: self.regularization[unit.matrix.block] for name, unit in self.units.items()}
+        kept, constants = truncation(self.eigenvalues, by_unit, with_constant, aim)
+        like = next(iter(self.eigenvalues.values()))
+        return replace(self, kept=kept, constants=constants, aim=like.new_tensor([aim]))
 
     def precondition(self, block: str, rows: Tensor, regularization: float) -> Tensor:
         """The inverse of one block at another regularization, times rows; eigenvalues of zero are no obstacle."""
@@ -252,7 +279,12 @@ class KroneckerInverse(Inverse):
         """The same eigenvectors and eigenvalues."""
         other = replace(self, regularization=dict(regularization))
         other.check()
-        return other
+        return other if self.aim is None else other.truncated(float(self.aim), self.constants.keys())
+
+    @property
+    def nbytes(self) -> int:
+        """With R, which is as large as the eigenvalues."""
+        return super().nbytes + sum(value.nbytes for value in self.eigenvalues.values())
 
     @property
     def takes_factors(self) -> bool:
@@ -266,18 +298,25 @@ class KroneckerInverse(Inverse):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Eigenvectors and eigenvalues."""
+        """Eigenvectors, eigenvalues, and which of them count."""
         named = {f"eigenvalues/{name}": value for name, value in self.eigenvalues.items()}
+        named |= {f"kept/{name}": value for name, value in (self.kept or {}).items()}
+        named |= {f"constants/{name}": value for name, value in self.constants.items()}
+        named |= {} if self.aim is None else {"aim/all": self.aim}
         for name, (q_out, q_in) in self.vectors.items():
             named |= {f"{side}/{name}": q for side, q in (("out", q_out), ("in", q_in)) if q is not None}
         return named
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
         """See `Inverse`."""
+        parts = grouped(tensors)
         return replace(
             self,
             vectors={name: (tensors.get(f"out/{name}"), tensors.get(f"in/{name}")) for name in self.units},
             eigenvalues={name: tensors[f"eigenvalues/{name}"] for name in self.units},
+            kept=parts.get("kept"),
+            constants=parts.get("constants", {}),
+            aim=tensors.get("aim/all"),
         )
 
     def check(self) -> None:
@@ -304,7 +343,7 @@ class KroneckerInverse(Inverse):
         return {name: 1 / (values + self.regularization[blocks[name]]) for name, values in self.eigenvalues.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_weights"}
+        return {name: value for name, value in vars(self).items() if name not in ("_weights", "_kept_weights")}
 
     def _rows(self, gradients: GradientRows, weights: Mapping[str, Tensor] | None) -> FactoredRows:
         parts = {
@@ -312,6 +351,65 @@ class KroneckerInverse(Inverse):
         }
         matrices = {name: unit.matrix for name, unit in self.units.items()}
         return FactoredRows.of(parts, matrices, self.sections, weights)
+
+    def _coordinates(self, gradients: GradientRows, kept: Mapping[str, Tensor], is_left: bool) -> CoordinateRows:
+        """The kept entries; and for the constants, the gradients in the eigenbasis."""
+        others, sections, start = dict[str, Factor | Tensor](), dict[str, slice](), 0
+        (first, *_) = (array for array in gradients.arrays.values() if array.is_floating_point())
+        coordinates = first.new_empty(len(gradients), sum(map(len, kept.values())))
+        for name, unit in self.units.items():
+            part, matrix, c = _rotated(gradients.part(name, unit.matrix), *self.vectors[name]), unit.matrix, None
+            which = kept[name]
+            stop = start + len(which)
+            entries = coordinates[:, start:stop]
+            if isinstance(part, Factor):
+                part.entries(matrix.d_in, which, entries)
+            else:
+                torch.index_select(part.flatten(1), 1, which, out=entries)
+            if name in self.constants:
+                c = self.constants[name] if is_left else 1
+                others[name] = Factor(part.gradients * c, part.inputs) if isinstance(part, Factor) else part * c
+            if is_left:
+                entries.mul_(self._kept_weights[name])
+            sections[matrix.block] = slice(sections.get(matrix.block, slice(start, stop)).start, stop)
+            start = stop
+        identity = None
+        if others:
+            matrices = {name: self.units[name].matrix for name in others}
+            identity = FactoredRows.of(others, matrices, self.sections, form=False)
+        together = {block: sections.get(block, slice(0, 0)) for block in self.sections}
+        return CoordinateRows(coordinates, together, identity)
+
+    def _entries(self, left: FactoredRows | CoordinateRows) -> Iterator[tuple[str, Tensor]]:
+        """The matrices that left rows stand for, in the eigenbasis."""
+        start = 0
+        for name, unit in self.units.items():
+            matrix, rows = unit.matrix, left if isinstance(left, FactoredRows) else left.identity
+            shape = (len(left), matrix.groups, matrix.d_out, matrix.d_in)
+            entries: Tensor | None = None
+            if isinstance(rows, FactoredRows) and name in rows.matrices:
+                part = rows.part(name)
+                entries = part.formed(matrix.d_in) if isinstance(part, Factor) else part
+                if name in rows.weights:
+                    entries = entries * rows.weights[name]
+            if isinstance(left, CoordinateRows):
+                assert self.kept is not None
+                which = self.kept[name]
+                added = left.coordinates[:, start : start + len(which)]
+                start += len(which)
+                flat = added.new_zeros(len(left), matrix.size) if entries is None else entries.flatten(1)
+                entries = flat.index_add(1, which, added).reshape(shape)
+            assert entries is not None
+            yield name, entries
+
+    @cached_property
+    def _kept_weights(self) -> dict[str, Tensor]:
+        """What the kept entries are multiplied with: R, less the constant that counts them in already."""
+        weights = {}
+        for name, which in (self.kept or {}).items():
+            values = self.eigenvalues[name].flatten()[which] + self.regularization[self.units[name].matrix.block]
+            weights[name] = 1 / values - self.constants.get(name, 0)
+        return weights
 
     def _weighted(self, rows: FactoredRows) -> FactoredRows:
         parts = {name: rows.part(name) for name in self.units}
@@ -369,6 +467,40 @@ def _second_moments(rotated: Factor, d_out: int, d_in: int) -> Tensor:
 def _is_diagonal(unit: Unit) -> bool:
     """Whether the Fisher of the outputs is taken to be diagonal."""
     return unit.is_vector and unit.matrix.d_out > _MAX_VECTOR
+
+
+def _within_tolerance(inverse: KroneckerInverse, problem: Problem, data: Data, tolerance: float) -> KroneckerInverse:
+    """An inverse whose scores of training samples on each other are off by no more."""
+    n, some = len(data), list[GradientRows]()
+    size = problem.n_parameters * problem.dtype.itemsize + problem.factor_bytes(data.rows(slice(0, 1)))
+    groups = max(2, min(_TRIED, _TRIED_BYTES // size) // _NEIGHBOURS)
+    for start in range(0, n, max(_NEIGHBOURS, -(-n // groups))):
+        some.append(problem.gradients(*data.rows(slice(start, min(start + _NEIGHBOURS, n))), compact=False))
+    # Of other samples: the score of one on itself would hide the errors of all others.
+    tests, trains = joined(some[::2]), joined(some[1::2] or some)
+    products = {name for name, unit in inverse.units.items() if _is_product_cheap(some[0], unit)}
+
+    def scores(inverse: KroneckerInverse) -> Tensor:
+        left: Rows = inverse.left(tests)
+        return left.dot(inverse.right(trains))
+
+    exact, aim = scores(inverse), tolerance * _MARGIN
+    while aim > torch.finfo(exact.dtype).eps:
+        truncated = inverse.truncated(aim, products)
+        if not torch.linalg.vector_norm(scores(truncated) - exact) > tolerance * torch.linalg.vector_norm(exact):
+            return truncated
+        aim /= 2
+    return inverse  # nothing less than all suffices
+
+
+def _is_product_cheap(gradients: GradientRows, unit: Unit) -> bool:
+    """Whether the product of the gradients of two samples takes little beside the entries of the matrix."""
+    matrix = unit.matrix
+    part = gradients.part(unit.parameter, matrix)
+    if not isinstance(part, Factor):
+        return False
+    per_pair = matrix.groups * (matrix.d_out + (0 if part.is_one_hot else matrix.d_in))
+    return _CHEAPER * part.positions**2 * per_pair < matrix.size
 
 
 def _with_structure(problem: Problem, data: Data) -> Problem:
