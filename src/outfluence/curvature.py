@@ -232,8 +232,9 @@ def _gauss_newton(problem: Problem, names: tuple[str, ...], batch: Batch) -> Pro
 
 
 def _fisher(problem: Problem, names: tuple[str, ...], batch: Batch, start: int, likelihood: Likelihood) -> Product:
-    z = the_tensor(problem.output(problem.parameters, batch.x)).detach()
-    s = likelihood.sampled(z, draws(0, start, z, likelihood))
+    output = problem.output(problem.parameters, batch.x)
+    z = the_tensor(output).detach()
+    s = likelihood.sampled(z, draws(0, start, z, likelihood), likelihood.weights(problem, output, batch.y))
     return _outer(pseudo_problem(problem).block_gradients(batch.x, s, names), start, "gradients at drawn labels")
 
 

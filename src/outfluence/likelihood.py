@@ -9,7 +9,9 @@ the label, and is the mean of ``s s^T`` over the *pseudo-gradients* s given here
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
+from torch.nn.functional import one_hot
 from torch.utils import _pytree
 
-from outfluence.data import Batch, describe
+from outfluence.data import Batch, Tree, describe, tree_leaves, tree_map
 from outfluence.errors import ProblemError
 from outfluence.problem import Problem
 
-#: Most classes that are tried when a loss is looked at.
-_CLASSES = 1024
+#: Most classes that are tried when a loss is looked at, and numbers of the outputs they are tried with.
+_CLASSES, _NUMBERS = 1024, 1 << 22
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
 @dataclass(frozen=True)
@@ -33,49 +37,78 @@ class Likelihood:
 
     Attributes:
         family: "categorical" (z are class scores), "gaussian" (z are means, variance 1), "bernoulli" (z are logits).
-        scale: c, the loss as a multiple of the negative log-likelihood.
+        scale: c, the loss as a multiple of the negative log-likelihood; None where positions weigh differently.
+        axis: of class scores, that of the classes; along all others there are positions, each with a label.
+        leaf: which of the tensors of y are the labels.
     """
 
     family: str
-    scale: float
+    scale: float | None
+    axis: int = 1
+    leaf: int = 0
 
-    def sampled(self, z: Tensor, uniform: Tensor) -> Tensor:
+    def weights(self, problem: Problem, output: Any, y: Tree) -> Tensor:
+        """C of each label: a scalar, or ``(n, *positions)``; zero where the loss ignores the label that is there.
+
+        Args:
+            problem: model and loss.
+            output: the model's, for the samples.
+            y: their labels.
+        """
+        z = the_tensor(output)
+        if self.scale is not None:
+            return z.new_tensor(self.scale)
+        # Of labels that count only. Where the scores are zero no class is certain, and no derivative is.
+        zeros = torch.zeros_like(z)
+        gradients = _gradients(problem, output, zeros, y).movedim(self.axis, -1)
+        classes = z.shape[self.axis]
+        labels = tree_leaves(y)[self.leaf].long().clamp(0, classes - 1)
+        return _multiple(gradients, 1 / classes - one_hot(labels, classes)).to(z.dtype)
+
+    def sampled(self, z: Tensor, uniform: Tensor, weights: Tensor) -> Tensor:
         """Pseudo-gradients at a label drawn for each sample: ``sqrt(c)`` times the log-likelihood's.
 
         Args:
             z: outputs, ``(n, *shape)``.
             uniform: numbers in (0, 1), float64, ``(n, n_draws(z))``.
+            weights: c; see `weights`.
         """
         if self.family == "categorical":
-            below = z.softmax(1).double().cumsum(1) < uniform
-            labels = below.sum(1).clamp(max=z.shape[1] - 1)
-            unit = z.softmax(1) - torch.nn.functional.one_hot(labels, z.shape[1])
-        elif self.family == "gaussian":
+            p = z.movedim(self.axis, -1).softmax(-1)
+            below = p.double().cumsum(-1) < uniform.reshape(*p.shape[:-1], 1)
+            labels = below.sum(-1).clamp(max=p.shape[-1] - 1)
+            unit = (p - one_hot(labels, p.shape[-1])) * weights.sqrt().unsqueeze(-1)
+            return unit.movedim(-1, self.axis)
+        if self.family == "gaussian":
             unit = torch.special.ndtri(uniform).reshape(z.shape).to(z.dtype)
         else:
             p = z.sigmoid()
             unit = p - (uniform.reshape(z.shape) <= p.double()).to(z.dtype)
-        scaled: Tensor = unit * self.scale**0.5
-        return scaled
+        return unit * weights.sqrt()
 
     def n_draws(self, z: Tensor) -> int:
-        """How many random numbers a label takes."""
-        return 1 if self.family == "categorical" else int(z[0].numel())
+        """How many random numbers the labels of a sample take."""
+        return int(z[0].numel()) // (z.shape[self.axis] if self.family == "categorical" else 1)
 
-    def expected(self, z: Tensor) -> Iterator[Tensor]:
+    def expected(self, z: Tensor, weights: Tensor) -> Iterator[Tensor]:
         """Pseudo-gradients whose outer products sum up to ``H_L``, with no sampling noise: one for each entry of z."""
         if self.family == "categorical":
-            p = z.softmax(1)
-            for label in range(z.shape[1]):
-                unit = p.clone()
-                unit[:, label] -= 1
-                yield unit * (self.scale * p[:, label, None]).sqrt()
+            p = z.movedim(self.axis, -1).softmax(-1)
+            flat = p.reshape(len(z), -1, p.shape[-1])
+            roots = weights.expand(p.shape[:-1]).reshape(flat.shape[:2]).sqrt()
+            for position in range(flat.shape[1]):
+                for label in range(flat.shape[2]):
+                    unit = torch.zeros_like(flat)
+                    unit[:, position] = flat[:, position]
+                    unit[:, position, label] -= 1
+                    unit[:, position] *= (roots[:, position] * flat[:, position, label].sqrt())[:, None]
+                    yield unit.reshape(p.shape).movedim(-1, self.axis)
             return
         p = z.sigmoid()
         root = torch.ones_like(z) if self.family == "gaussian" else (p * (1 - p)).sqrt()
         for entry in range(z[0].numel()):
             unit = torch.zeros_like(z).flatten(1)
-            unit[:, entry] = root.flatten(1)[:, entry] * self.scale**0.5
+            unit[:, entry] = root.flatten(1)[:, entry] * weights.sqrt()
             yield unit.reshape(z.shape)
 
 
@@ -91,32 +124,47 @@ def find_likelihood(problem: Problem, batch: Batch) -> Likelihood:
     """
     with torch.no_grad():
         output = problem.output(problem.parameters, problem.on_device(batch.x))
-    z, y = the_tensor(output)[:1].detach(), problem.on_device(batch.y)
+    output = _pytree.tree_map(lambda leaf: leaf[:1] if isinstance(leaf, Tensor) and leaf.ndim else leaf, output)
+    z, y = the_tensor(output).detach(), problem.on_device(batch.y)
     generator = torch.Generator().manual_seed(0)
 
     def normal(n: int, scale: float) -> Tensor:
         return (torch.randn(n, *z.shape[1:], generator=generator, dtype=torch.float64) * scale).to(z)
 
-    def gradients(outputs: Tensor, labels: Tensor) -> Tensor:
-        def loss(one: Tensor, label: Tensor) -> Tensor:
-            return problem.output_loss(_in_place_of(output, one.unsqueeze(0)), label.unsqueeze(0))
-
-        derivative: Tensor = vmap(grad(loss))(outputs, labels)
-        return derivative
+    def gradients(outputs: Tensor, leaf: int, labels: Tensor) -> Tensor:
+        leaves = iter(range(len(tree_leaves(y))))
+        given = tree_map(
+            lambda t: labels.to(t.dtype) if next(leaves) == leaf else t[:1].expand(len(labels), *t.shape[1:]), y
+        )
+        return _gradients(problem, output, outputs, given)
 
     tolerance = 1e4 * torch.finfo(z.dtype).eps
+    for leaf, axis in _classes_in(z, y):
+        classes, shape = z.shape[axis], (*z.shape[1:axis], *z.shape[axis + 1 :])
+        n = max(1, min(classes, _CLASSES, _NUMBERS // z.numel()))
+        labels = torch.linspace(0, classes - 1, n, device=z.device).round().long()
+        # At each position all of them, and side by side others.
+        shifts = torch.arange(math.prod(shape), device=z.device)
+        labels = (
+            labels[(torch.arange(n, device=z.device)[:, None] + shifts) % n]
+            .reshape(n, *shape)
+            .repeat(2, *[1] * len(shape))
+        )
+        outputs = torch.cat([normal(n, 1.0), normal(n, 10.0)])
+        expected = outputs.movedim(axis, -1).softmax(-1) - one_hot(labels, classes)
+        with suppress(RuntimeError, IndexError, ValueError):  # of a loss that takes labels of another kind there
+            actual = gradients(outputs, leaf, labels).movedim(axis, -1)
+            weights = (actual * expected).sum((0, -1)) / expected.square().sum((0, -1))
+            difference = (actual - weights.unsqueeze(-1) * expected).abs().max()
+            largest = weights.max()
+            if largest > 0 and weights.min() >= 0 and difference <= tolerance * largest * expected.abs().max():
+                return Likelihood("categorical", None if shape else largest.item(), axis, leaf)
     for family in _families(z, y):
-        if family == "categorical":
-            labels = torch.linspace(0, z.shape[1] - 1, min(z.shape[1], _CLASSES), device=z.device).round().long()
-            outputs = torch.cat([normal(len(labels), 1.0), normal(len(labels), 10.0)])
-            labels = labels.repeat(2)
-            expected = outputs.softmax(1) - torch.nn.functional.one_hot(labels, z.shape[1])
-        else:
-            outputs, labels = torch.cat([normal(16, 1.0), normal(16, 10.0)]), normal(32, 3.0)
-            if family == "bernoulli":
-                labels = (labels > 0).to(z.dtype)
-            expected = (outputs.sigmoid() if family == "bernoulli" else outputs) - labels
-        actual = gradients(outputs, labels.reshape(-1, *y.shape[1:]).to(y.dtype))
+        outputs, labels = torch.cat([normal(16, 1.0), normal(16, 10.0)]), normal(32, 3.0)
+        if family == "bernoulli":
+            labels = (labels > 0).to(z.dtype)
+        expected = (outputs.sigmoid() if family == "bernoulli" else outputs) - labels
+        actual = gradients(outputs, 0, labels.reshape(-1, *y.shape[1:]))
         scale = ((actual * expected).sum() / expected.square().sum()).item()
         if scale > 0 and (actual - scale * expected).abs().max() <= tolerance * scale * expected.abs().max():
             return Likelihood(family, scale)
@@ -155,11 +203,34 @@ def uniform_draws(seed: int, start: int, stop: int, width: int = 1) -> np.ndarra
     return ((words >> np.uint64(12)) + 0.5) * 2.0**-52
 
 
+def _gradients(problem: Problem, output: Any, outputs: Tensor, y: Tree) -> Tensor:
+    """Derivatives of each sample's loss with respect to its output, of which `output` shows the form."""
+
+    def loss(one: Tensor, label: Tree) -> Tensor:
+        return problem.output_loss(
+            _in_place_of(output, one.unsqueeze(0)), tree_map(lambda leaf: leaf.unsqueeze(0), label)
+        )
+
+    derivative: Tensor = vmap(grad(loss))(outputs, y)
+    return derivative
+
+
+def _multiple(vectors: Tensor, of: Tensor) -> Tensor:
+    """What others are multiplied with to be nearest to vectors, along the last axis."""
+    return (vectors * of).sum(-1) / of.square().sum(-1)
+
+
+def _classes_in(z: Tensor, y: Any) -> Iterator[tuple[int, int]]:
+    """Where classes may be: which tensor of y are labels, and which axis of z goes over their classes."""
+    for i, leaf in enumerate(tree_leaves(y)):
+        for axis in range(1, z.ndim):
+            if z.shape[1:axis] + z.shape[axis + 1 :] == leaf.shape[1:] and leaf.dtype in _INTEGERS:
+                yield i, axis
+
+
 def _families(z: Tensor, y: Any) -> list[str]:
     if not isinstance(y, Tensor):
         return []
-    if z.ndim == 2 and y.ndim == 1 and not y.is_floating_point():
-        return ["categorical"]
     return ["gaussian", "bernoulli"] if y[0].numel() == z[0].numel() and y.is_floating_point() else []
 
 

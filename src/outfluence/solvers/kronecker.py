@@ -188,11 +188,12 @@ class MomentSum:
             yield self.problem.sum_of_losses(output, self.problem.on_device(batch.y))
             return
         z = the_tensor(output)
+        weights = self.likelihood.weights(self.problem, output, self.problem.on_device(batch.y)).detach()
         if self.fisher is FisherMode.SAMPLED:
-            s = self.likelihood.sampled(z.detach(), draws(self.seed, start, z, self.likelihood))
+            s = self.likelihood.sampled(z.detach(), draws(self.seed, start, z, self.likelihood), weights)
             yield (z * s).sum()
             return
-        for s in self.likelihood.expected(z.detach()):
+        for s in self.likelihood.expected(z.detach(), weights):
             yield (z * s).sum()
 
 
