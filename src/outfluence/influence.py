@@ -276,8 +276,8 @@ class InfluenceModel:
         takes_factors = self._inverse is not None and self._inverse.takes_factors
         x, y = _tensors((x, y))
         rows = self.problem.gradients(x, y, compact=not takes_factors)
-        for array in rows.arrays.values():
-            check_finite(array, "gradients", samples, start)
+        for piece in rows.pieces:
+            check_finite(piece, "gradients", samples, start)
         return rows
 
     def left_rows(self, x: Tree, y: Tree, samples: str = "test", start: int = 0) -> Rows:
@@ -291,8 +291,8 @@ class InfluenceModel:
     def encode(self, gradients: GradientRows, samples: str = "test", start: int = 0) -> Rows:
         """Left rows of samples, from their gradients; see `gradient_rows`."""
         rows: Rows = self.inverse.left(gradients)
-        for array in rows.arrays.values():
-            check_finite(array, "influence factors", samples, start)
+        for piece in rows.pieces:
+            check_finite(piece, "influence factors", samples, start)
         return rows
 
     def right_rows(self, gradients: GradientRows, left: Rows | None = None) -> Rows:

@@ -171,7 +171,7 @@ class Job:
         if perturbation:  # raises where there is nothing to differentiate by
             zeros = torch.zeros(1, problem.n_parameters, dtype=problem.dtype, device=problem.device)
             problem.mixed_derivatives(zeros, *sample)
-        hints = [data.batch_size for data in self.inputs.values() if data.batch_size]
+        hints = [problem.batch_size, *(data.batch_size for data in self.inputs.values() if data.batch_size)]
         through_model = self.train if self.train is not None else self.test
         activations = 0 if through_model is None else problem.activation_bytes(through_model.rows(slice(0, 1)))
         source = self.model.inverse.data
@@ -211,7 +211,7 @@ class Job:
             fit_bytes=0 if source is None else _bytes_of(source) * source.source_rows,
             model_bytes=sum(p.nbytes for p in problem.model.parameters()) + buffers + self.model.inverse.nbytes,
             activation_bytes=activations,
-            batch_size=min(hints) if hints else None,
+            batch_size=min(hints),
             sample_bytes=_bytes_of(sample_of),
             solves=source is not None,
             vectors=VECTORS if source is not None else 0,

@@ -92,12 +92,14 @@ class Structure:
         signature: of the uses, in order.
         units: what is factored, by name of the parameter.
         dense: the other parameters, and why.
+        numbers: of the outputs of all these functions for one sample.
     """
 
     axes: tuple[int | str | None, ...] = ()
     signature: tuple[Any, ...] = ()
     units: Mapping[str, Unit] = field(default_factory=dict)
     dense: Mapping[str, str] = field(default_factory=dict)
+    numbers: int = 0
 
     @property
     def matrices(self) -> dict[str, Matrix]:
@@ -231,17 +233,18 @@ class Recording:
     structure: Structure
     _recorder: Recorder
 
-    def factors(self, loss: Tensor) -> dict[str, Factor]:
+    def factors(self, loss: Tensor, along: Tensor | None = None) -> dict[str, Factor]:
         """The factors of the gradients of each sample.
 
         Args:
             loss: a function of `output`, summed over samples.
+            along: instead, any function of `output`, and what each of its entries counts.
         """
         kept = {i: output for i, output in enumerate(self._recorder.outputs) if output is not None}
         if not kept:
             return {}
         gradients = torch.autograd.grad(
-            loss, list(kept.values()), retain_graph=True, materialize_grads=True, allow_unused=True
+            loss, list(kept.values()), along, retain_graph=True, materialize_grads=True, allow_unused=True
         )
         by_output = {i: gradient.detach() for i, gradient in zip(kept, gradients, strict=True)}
         dtypes = self._recorder.dtypes
@@ -277,11 +280,11 @@ class Recording:
         assert use.inputs is not None
         matrix, inputs, axis = unit.matrix, use.inputs(), self._axis(use.output)
         if use.kind == "conv":
-            d = gradient.flatten(2).mT.reshape(self.n, -1, matrix.groups, matrix.d_out)
+            d = gradient.flatten(2).mT.reshape(self.n, -1, matrix.groups, matrix.d_out).contiguous()
             # A sample may be several images: frames, which the model has flattened into the first axis.
             a = inputs.to(d.dtype).reshape(self.n, -1, *inputs.shape[2:])
             return d, _with_ones(a, unit.bias)
-        d = gradient.movedim(axis, 0).reshape(self.n, -1, gradient.shape[-1])
+        d = gradient.movedim(axis, 0).reshape(self.n, -1, gradient.shape[-1]).contiguous()  # products are faster
         if use.output in self._recorder.expanded:
             inputs = _for_all(inputs, self.n)
         if use.kind == "one_hot":
@@ -369,6 +372,7 @@ def look(
         signature=tuple(use.signature for use in three.uses),
         units=units,
         dense={name: reasons[name] for name in parameters if name not in covered},
+        numbers=sum(math.prod(shape) for i, shape in enumerate(three.shapes) if i in used) // 3,
     )
 
 

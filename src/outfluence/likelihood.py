@@ -40,12 +40,14 @@ class Likelihood:
         scale: c, the loss as a multiple of the negative log-likelihood; None where positions weigh differently.
         axis: of class scores, that of the classes; along all others there are positions, each with a label.
         leaf: which of the tensors of y are the labels.
+        usual: c of each position, where no label is ignored.
     """
 
     family: str
     scale: float | None
     axis: int = 1
     leaf: int = 0
+    usual: Tensor | None = None
 
     def weights(self, problem: Problem, output: Any, y: Tree) -> Tensor:
         """C of each label: a scalar, or ``(n, *positions)``; zero where the loss ignores the label that is there.
@@ -58,12 +60,15 @@ class Likelihood:
         z = the_tensor(output)
         if self.scale is not None:
             return z.new_tensor(self.scale)
+        labels, classes = tree_leaves(y)[self.leaf].long(), z.shape[self.axis]
+        is_usual = isinstance(y, Tensor) and self.usual is not None and self.usual.shape == labels.shape[1:]
+        if is_usual and bool(((labels >= 0) & (labels < classes)).all()):
+            assert self.usual is not None
+            return self.usual.to(z).expand(labels.shape)
         # Of labels that count only. Where the scores are zero no class is certain, and no derivative is.
         zeros = torch.zeros_like(z)
         gradients = _gradients(problem, output, zeros, y).movedim(self.axis, -1)
-        classes = z.shape[self.axis]
-        labels = tree_leaves(y)[self.leaf].long().clamp(0, classes - 1)
-        return _multiple(gradients, 1 / classes - one_hot(labels, classes)).to(z.dtype)
+        return _multiple(gradients, 1 / classes - one_hot(labels.clamp(0, classes - 1), classes)).to(z.dtype)
 
     def sampled(self, z: Tensor, uniform: Tensor, weights: Tensor) -> Tensor:
         """Pseudo-gradients at a label drawn for each sample: ``sqrt(c)`` times the log-likelihood's.
@@ -75,10 +80,9 @@ class Likelihood:
         """
         if self.family == "categorical":
             p = z.movedim(self.axis, -1).softmax(-1)
-            below = p.double().cumsum(-1) < uniform.reshape(*p.shape[:-1], 1)
-            labels = below.sum(-1).clamp(max=p.shape[-1] - 1)
-            unit = (p - one_hot(labels, p.shape[-1])) * weights.sqrt().unsqueeze(-1)
-            return unit.movedim(-1, self.axis)
+            below = torch.searchsorted(p.cumsum(-1, dtype=torch.float64), uniform.reshape(*p.shape[:-1], 1))
+            unit = p.scatter_add(-1, below.clamp(max=p.shape[-1] - 1), -torch.ones_like(p[..., :1]))
+            return unit.mul_(weights.sqrt().unsqueeze(-1)).movedim(-1, self.axis)
         if self.family == "gaussian":
             unit = torch.special.ndtri(uniform).reshape(z.shape).to(z.dtype)
         else:
@@ -158,7 +162,9 @@ def find_likelihood(problem: Problem, batch: Batch) -> Likelihood:
             difference = (actual - weights.unsqueeze(-1) * expected).abs().max()
             largest = weights.max()
             if largest > 0 and weights.min() >= 0 and difference <= tolerance * largest * expected.abs().max():
-                return Likelihood("categorical", None if shape else largest.item(), axis, leaf)
+                if not shape:
+                    return Likelihood("categorical", largest.item(), axis, leaf)
+                return Likelihood("categorical", None, axis, leaf, weights)
     for family in _families(z, y):
         outputs, labels = torch.cat([normal(16, 1.0), normal(16, 10.0)]), normal(32, 3.0)
         if family == "bernoulli":

@@ -27,7 +27,7 @@ from outfluence.factors import Factor, Matrix
 from outfluence.fingerprint import fingerprint
 from outfluence.layers import Layout, Recording, Structure, layout, look, record
 from outfluence.modes import BlockMode
-from outfluence.rows import DenseRows, FactoredRows, GradientRows, check_finite
+from outfluence.rows import DenseRows, FactoredRows, GradientRows, check_finite, joined
 
 #: Maps the model's output and the labels, both with one sample (first axis 1), to a scalar.
 Loss = Callable[[Any, Any], Tensor]
@@ -37,8 +37,9 @@ ROOT = "(root)"
 
 #: Bytes of the largest model that is copied to float64 to compare gradients there.
 _LARGEST_COPY = 64 << 20
-#: Most samples, and most directions, that are computed at once; more are taken in turns.
-SAMPLES = 256
+#: Most samples, and most directions, that are computed at once; more are taken in turns. Of samples so few that the
+#: outputs of the layers are about so many numbers: more would not stay near the processor.
+SAMPLES, _NUMBERS, _FEWEST = 256, 1 << 22, 8
 DIRECTIONS = 16
 
 
@@ -182,13 +183,8 @@ class Problem:
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
                 return self.gradients(_plain(x), _plain(y), compact)
-        n = tree_leaves(x)[0].shape[0]
-        if n > SAMPLES:
-            some = []
-            for start in range(0, n, SAMPLES):
-                take = partial(_at, slice(start, start + SAMPLES))
-                some.append(self.gradients(tree_map(take, x), tree_map(take, y), compact))
-            return some[0].with_arrays({name: torch.cat([r.arrays[name] for r in some]) for name in some[0].arrays})
+        if tree_leaves(x)[0].shape[0] > self.batch_size:
+            return joined([self.gradients(*part, compact) for part in self.in_batches(Batch(x, y))])
         recording = self.record(x)
         factors = recording.factors(self.sum_of_losses(recording.output, self.on_device(y)))
         parts, matrices, columns = dict[str, Factor | Tensor](factors), self.structure.matrices, self._layout.columns
@@ -200,6 +196,17 @@ class Problem:
                 parts[name] = values.flatten(1)[:, None, :, None] if values.ndim > 1 else values[:, None, None, None]
         rows = FactoredRows.of(parts, matrices, self.sections, form=False)
         return rows.compact() if compact else rows
+
+    @property
+    def batch_size(self) -> int:
+        """How many samples go through the model at once, where the layers' inputs and outputs are kept."""
+        return max(_FEWEST, min(SAMPLES, _NUMBERS // max(1, self.structure.numbers)))
+
+    def in_batches(self, batch: Batch) -> list[Batch]:
+        """Samples in batches of that size."""
+        n, size = tree_leaves(batch.x)[0].shape[0], self.batch_size
+        parts = [partial(_at, slice(start, start + size)) for start in range(0, n, size)]
+        return [Batch(tree_map(part, batch.x), tree_map(part, batch.y)) for part in parts]
 
     def record(self, x: Tree) -> Recording:
         """Run a batch through the model, and keep what gradients are made of; see `layers`.

@@ -31,6 +31,10 @@ class Rows(Protocol):
     def arrays(self) -> dict[str, Tensor]:
         """What to store: named arrays, first axis samples, second axis the same for all samples."""
 
+    @property
+    def pieces(self) -> list[Tensor]:
+        """All numbers, first axis samples, as they are in memory."""
+
     def with_arrays(self, arrays: Mapping[str, Tensor]) -> Self:
         """Rows like these, with other samples' arrays."""
 
@@ -63,6 +67,11 @@ class DenseRows:
     def arrays(self) -> dict[str, Tensor]:
         """See `Rows`."""
         return {"values": self.values}
+
+    @property
+    def pieces(self) -> list[Tensor]:
+        """See `Rows`."""
+        return [self.values]
 
     def with_arrays(self, arrays: Mapping[str, Tensor]) -> Self:
         """See `Rows`."""
@@ -153,26 +162,28 @@ class FactoredRows:
             weights: multiplied into what is formed, and into factors that are one-hot; kept for the others.
             form: multiply factors where that saves numbers.
         """
-        factors, formed, columns, start = {}, [], {}, 0
-        n, like = _length_of(parts)
-        left = {}
+        weights, factors, columns, left, start = weights or {}, dict[str, Factor](), dict[str, slice](), {}, 0
         for name, part in parts.items():
-            weight, matrix = (weights or {}).get(name), matrices[name]
-            if isinstance(part, Factor) and (not form or part.is_smaller(matrix)):
-                if weight is not None and part.is_one_hot:  # (V, d_out) at the places
-                    at_places = weight[0].T[part.inputs]
-                    factors[name] = Factor(part.gradients * at_places[:, :, None], part.inputs)
-                    continue
+            if not isinstance(part, Factor) or (form and not part.is_smaller(matrices[name])):
+                columns[name] = slice(start, start := start + matrices[name].size)
+            elif part.is_one_hot and name in weights:  # (V, d_out) at the places
+                at_places = weights[name][0].T[part.inputs]
+                factors[name] = Factor(part.gradients * at_places[:, :, None], part.inputs)
+            else:
                 factors[name] = part
-                if weight is not None:
-                    left[name] = weight
-                continue
-            entries = _matrices(part, matrix)
-            formed.append((entries if weight is None else entries * weight).reshape(n, matrix.size))
-            columns[name] = slice(start, start + matrix.size)
-            start += matrix.size
-        together = formed[0] if len(formed) == 1 else torch.cat(formed, dim=1) if formed else like.new_zeros(n, 0)
-        return cls(factors, together, columns, matrices, sections, left)
+                if name in weights:
+                    left[name] = weights[name]
+        n, like = _length_of(parts)
+        formed = like.new_empty(n, start)
+        for name, where in columns.items():
+            part, at = parts[name], matrices[name]
+            into = formed[:, where].view(n, at.groups, at.d_out, at.d_in)
+            entries = part.formed(at.d_in, into=into) if isinstance(part, Factor) else part
+            if name in weights:
+                torch.mul(entries, weights[name], out=into)
+            elif entries.data_ptr() != into.data_ptr():
+                into.copy_(entries)
+        return cls(factors, formed, columns, matrices, sections, left)
 
     def compact(self) -> DenseRows | Self:
         """The same in the fewest numbers."""
@@ -209,6 +220,11 @@ class FactoredRows:
         formed = arrays["formed"] if self.columns else self.formed.new_zeros(n, 0)
         return replace(self, factors=factors, formed=formed)
 
+    @property
+    def pieces(self) -> list[Tensor]:
+        """See `Rows`."""
+        return [self.formed, *(side for f in self.factors.values() for side in (f.gradients, f.inputs))]
+
     def dot(self, right: GradientRows) -> Tensor:
         """See `Rows`."""
         if isinstance(right, DenseRows):
@@ -242,14 +258,15 @@ class FactoredRows:
                 taken = factors[0].positions * factors[1].positions
             step = len(out) if small else max(1, WORKSPACE // (4 * out.element_size() * taken))
             for part in _parts(len(out), max(1, step)):
-                out[part] += _dot_each(left[part], other[part], matrix, weight)
+                some = left[part]
+                out[part] += _dot_each(some, some if other is left else other[part], matrix, weight)
         return out
 
     def dense(self) -> DenseRows:
         """As vectors of all parameters, ``(n, P)``."""
         values = self._zeros(len(self), max((s.stop for s in self.sections.values()), default=0))
         for name, matrix in self.matrices.items():
-            entries = _matrices(self.part(name), matrix)
+            entries = formed(self.part(name), matrix)
             if name in self.weights:
                 entries = entries * self.weights[name]
             matrix.put(values[:, self.sections[matrix.block]], entries)
@@ -357,6 +374,11 @@ class CoordinateRows:
         """See `Rows`; those of the identity's part are called ``identity.NAME``."""
         identity = {} if self.identity is None else self.identity.arrays
         return {"coordinates": self.coordinates, **{f"identity.{name}": array for name, array in identity.items()}}
+
+    @property
+    def pieces(self) -> list[Tensor]:
+        """See `Rows`."""
+        return [self.coordinates, *(self.identity.pieces if self.identity is not None else ())]
 
     def with_arrays(self, arrays: Mapping[str, Tensor]) -> Self:
         """See `Rows`."""
@@ -496,13 +518,13 @@ def _dot_each(left: Factor | Tensor, right: Factor | Tensor, matrix: Matrix, wei
             if weight is None:
                 return (d.sum(2) * a.sum(2)).sum(1)
             return torch.einsum("ngi,ngi->n", torch.einsum("ngo,goi->ngi", d, weight), a)
-    product = _matrices(left, matrix) * _matrices(right, matrix)
-    if weight is not None:
-        product = product * weight
-    return product.sum((1, 2, 3))
+    first = formed(left, matrix)
+    product = (first * (first if right is left else formed(right, matrix))).flatten(1)
+    return product.sum(1) if weight is None else product @ weight.flatten()
 
 
-def _matrices(part: Factor | Tensor, matrix: Matrix) -> Tensor:
+def formed(part: Factor | Tensor, matrix: Matrix) -> Tensor:
+    """The matrices that a part of factored rows stands for, ``(n, groups, d_out, d_in)``."""
     return part.formed(matrix.d_in) if isinstance(part, Factor) else part
 
 
@@ -549,6 +571,8 @@ def check_finite(rows: Tensor, what: str, samples: str, start: int = 0) -> None:
         NonFiniteError: naming the first ten offending samples.
     """
     if rows.numel() == 0 or not rows.is_floating_point():
+        return
+    if rows.sum().isfinite():  # NaN and infinity are carried on; a sum that overflows is looked at, too
         return
     # The maximum norm carries NaN and infinity to one number a sample and makes no copy of the rows.
     worst = torch.linalg.vector_norm(rows.flatten(1) if rows.ndim > 1 else rows[:, None], ord=float("inf"), dim=1)

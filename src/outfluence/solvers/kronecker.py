@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 
 from outfluence.curvature import draws
-from outfluence.data import Batch, Data, add_to
+from outfluence.data import Batch, Data, add_to, tree_leaves
 from outfluence.errors import ProblemError, SingularMatrixError, UnsupportedLayerError
-from outfluence.factors import WORKSPACE, Factor
+from outfluence.factors import WORKSPACE, Factor, Matrix
 from outfluence.layers import Unit
 from outfluence.likelihood import Likelihood, find_likelihood, the_tensor
 from outfluence.modes import FisherMode
 from outfluence.problem import Problem
-from outfluence.rows import CoordinateRows, DenseRows, FactoredRows, GradientRows, Rows, check_finite, joined
+from outfluence.rows import CoordinateRows, DenseRows, FactoredRows, GradientRows, Rows, check_finite, formed, joined
 from outfluence.solvers import Inverse, Regularization, grouped, per_block
 from outfluence.solvers.truncation import truncation
 
@@ -42,6 +42,8 @@ _MAX_SIDE, _MAX_VECTOR = 20_000, 1024
 _TRIED, _NEIGHBOURS, _TRIED_BYTES = 256, 8, 256 << 20
 #: How many times fewer numbers than a matrix the product of two samples' gradients must take to be used for a constant.
 _CHEAPER = 8
+#: Rows of a covariance that are multiplied out together.
+_STRIPE = 128
 #: What of the tolerance is aimed at: test samples are not those that the eigenvalues are from.
 _MARGIN = 0.5
 
@@ -109,7 +111,10 @@ class KroneckerSolver:
             eigenvalues = {name: sums[name] / len(data) for name in vectors}
         else:
             eigenvalues = {name: g[0].unsqueeze(-1) * a[0].unsqueeze(-2) for name, (g, a) in bases.items()}
-        inverse = KroneckerInverse(problem.structure.units, problem.sections, vectors, eigenvalues, regularization)
+        as_matrices = _formed(problem, data)
+        inverse = KroneckerInverse(
+            problem.structure.units, problem.sections, vectors, eigenvalues, regularization, as_matrices
+        )
         inverse.check()
         return _within_tolerance(inverse, problem, data, self.tolerance) if self.tolerance else inverse
 
@@ -117,7 +122,8 @@ class KroneckerSolver:
         """See `Solver`."""
         problem = _with_structure(problem, data)
         regularization = per_block(self.regularization, problem)
-        inverse = KroneckerInverse(problem.structure.units, problem.sections, {}, {}, regularization)
+        as_matrices = _formed(problem, data)
+        inverse = KroneckerInverse(problem.structure.units, problem.sections, {}, {}, regularization, as_matrices)
         return inverse.with_tensors(tensors)
 
     def options(self) -> dict[str, Any]:
@@ -152,10 +158,17 @@ class MomentSum:
 
     def __call__(self, batch: Batch, start: int) -> dict[str, Tensor]:
         """See `Statistic`."""
+        sums = dict[str, Tensor]()
+        for part in self.problem.in_batches(batch):
+            add_to(sums, self._of(part, start))
+            start += len(tree_leaves(part.x)[0])
+        return sums
+
+    def _of(self, batch: Batch, start: int) -> dict[str, Tensor]:
         recording, sums = self.problem.record(batch.x), dict[str, Tensor]()
-        for total in self._labelled(recording.output, batch, start):
+        for loss, along in self._labelled(recording.output, batch, start):
             first = not sums
-            for name, factor in recording.factors(total).items():
+            for name, factor in recording.factors(loss, along).items():
                 check_finite(factor.inputs, f"inputs of layer {self._block(name)!r}", "training", start)
                 check_finite(factor.gradients, f"output gradients of layer {self._block(name)!r}", "training", start)
                 if self.vectors is not None:
@@ -182,19 +195,19 @@ class MomentSum:
             return counts.to(factor.gradients.dtype)[None] / factor.positions
         return _covariance(factor.inputs) / factor.positions
 
-    def _labelled(self, output: Any, batch: Batch, start: int) -> Iterator[Tensor]:
-        """For each set of labels a scalar whose gradients' second moments add up to the Fisher."""
+    def _labelled(self, output: Any, batch: Batch, start: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """For each set of labels a function whose gradients' second moments add up to the Fisher, and along what."""
         if self.likelihood is None:
-            yield self.problem.sum_of_losses(output, self.problem.on_device(batch.y))
+            yield self.problem.sum_of_losses(output, self.problem.on_device(batch.y)), None
             return
         z = the_tensor(output)
         weights = self.likelihood.weights(self.problem, output, self.problem.on_device(batch.y)).detach()
         if self.fisher is FisherMode.SAMPLED:
             s = self.likelihood.sampled(z.detach(), draws(self.seed, start, z, self.likelihood), weights)
-            yield (z * s).sum()
+            yield z, s
             return
         for s in self.likelihood.expected(z.detach(), weights):
-            yield (z * s).sum()
+            yield z, s
 
 
 @dataclass(frozen=True)
@@ -208,6 +221,8 @@ class KroneckerInverse(Inverse):
             None where it is the identity.
         eigenvalues: Lambda, by unit ``(groups, d_out, d_in)``.
         regularization: lambda, per block.
+        formed: units whose gradients are smaller when they are multiplied out. Left rows of these are influence
+            factors, so that the many right rows, gradients then, need not be rotated.
         kept: the entries of each unit that count one by one, ``(k,)``; see `truncation`. None: all.
         constants: by unit the number that stands for R at all others, ``(1,)``; none: zero.
         aim: the expected error that `kept` was chosen for, ``(1,)``.
@@ -218,35 +233,42 @@ class KroneckerInverse(Inverse):
     vectors: Mapping[str, Basis]
     eigenvalues: Mapping[str, Tensor]
     regularization: Mapping[str, float]
+    formed: frozenset[str] = frozenset()
     kept: Mapping[str, Tensor] | None = None
     constants: Mapping[str, Tensor] = field(default_factory=dict)
     aim: Tensor | None = None
 
     def left(self, gradients: GradientRows) -> FactoredRows | CoordinateRows:
         """Gradients in the eigenbasis, and ``R = 1 / (Lambda + lambda)`` beside them, or multiplied in."""
-        if self.kept is None:
-            return self._rows(gradients, self._weights)
-        return self._coordinates(gradients, self.kept, is_left=True)
+        if self.kept is not None:
+            return self._coordinates(gradients, self.kept, is_left=True)
+        parts, weights = self._in_basis(gradients), self._weights
+        for name in self.formed:
+            parts[name] = self._back(name, formed(parts[name], self.units[name].matrix).mul(weights[name]))
+        weights = {name: weight for name, weight in weights.items() if name not in self.formed}
+        return FactoredRows.of(parts, self._matrices, self.sections, weights)
 
     def right(self, gradients: GradientRows) -> FactoredRows | CoordinateRows:
         """Gradients in the eigenbasis."""
-        if self.kept is None:
-            return self._rows(gradients, None)
-        return self._coordinates(gradients, self.kept, is_left=False)
+        if self.kept is not None:
+            return self._coordinates(gradients, self.kept, is_left=False)
+        return FactoredRows.of(self._in_basis(gradients, self.formed), self._matrices, self.sections)
 
     def dense(self, left: FactoredRows | CoordinateRows) -> DenseRows:
         """``Q_out (R * Q_out^T g Q_in) Q_in^T``, g the gradient matrix of a sample and unit."""
         (first, *_) = left.arrays.values()
         values = first.new_zeros(len(left), max(section.stop for section in self.sections.values()))
         for name, entries in self._entries(left):
-            unit = self.units[name]
-            unit.matrix.put(values[:, self.sections[unit.matrix.block]], self._back(name, entries))
+            unit, is_back = self.units[name], self.kept is None and name in self.formed
+            block = values[:, self.sections[unit.matrix.block]]
+            unit.matrix.put(block, entries if is_back else self._back(name, entries))
         return DenseRows(values, self.sections)
 
     def quadratic(self, gradients: GradientRows) -> Tensor:
         """The squared entries in the eigenbasis, times R; all of them."""
-        right = self._rows(gradients, None)
-        return self._weighted(right).dot_each(right)
+        parts = self._in_basis(gradients)
+        left = FactoredRows.of(parts, self._matrices, self.sections, self._weights, form=False)
+        return left.dot_each(FactoredRows.of(parts, self._matrices, self.sections, form=False))
 
     def truncated(self, aim: float, with_constant: Collection[str]) -> Self:
         """This inverse with entries that suffice for scores with an error; see `truncation`."""
@@ -346,12 +368,14 @@ class KroneckerInverse(Inverse):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_weights", "_kept_weights")}
 
-    def _rows(self, gradients: GradientRows, weights: Mapping[str, Tensor] | None) -> FactoredRows:
-        parts = {
-            name: _rotated(gradients.part(name, unit.matrix), *self.vectors[name]) for name, unit in self.units.items()
-        }
-        matrices = {name: unit.matrix for name, unit in self.units.items()}
-        return FactoredRows.of(parts, matrices, self.sections, weights)
+    def _in_basis(self, gradients: GradientRows, without: Collection[str] = frozenset()) -> dict[str, Factor | Tensor]:
+        """Gradients by unit, in the eigenbasis."""
+        parts = {name: gradients.part(name, unit.matrix) for name, unit in self.units.items()}
+        return {name: part if name in without else _rotated(part, *self.vectors[name]) for name, part in parts.items()}
+
+    @property
+    def _matrices(self) -> dict[str, Matrix]:
+        return {name: unit.matrix for name, unit in self.units.items()}
 
     def _coordinates(self, gradients: GradientRows, kept: Mapping[str, Tensor], is_left: bool) -> CoordinateRows:
         """The kept entries; and for the constants, the gradients in the eigenbasis."""
@@ -389,8 +413,7 @@ class KroneckerInverse(Inverse):
             shape = (len(left), matrix.groups, matrix.d_out, matrix.d_in)
             entries: Tensor | None = None
             if isinstance(rows, FactoredRows) and name in rows.matrices:
-                part = rows.part(name)
-                entries = part.formed(matrix.d_in) if isinstance(part, Factor) else part
+                entries = formed(rows.part(name), matrix)
                 if name in rows.weights:
                     entries = entries * rows.weights[name]
             if isinstance(left, CoordinateRows):
@@ -411,10 +434,6 @@ class KroneckerInverse(Inverse):
             values = self.eigenvalues[name].flatten()[which] + self.regularization[self.units[name].matrix.block]
             weights[name] = 1 / values - self.constants.get(name, 0)
         return weights
-
-    def _weighted(self, rows: FactoredRows) -> FactoredRows:
-        parts = {name: rows.part(name) for name in self.units}
-        return FactoredRows.of(parts, rows.matrices, rows.sections, self._weights)
 
     def _back(self, name: str, matrices: Tensor) -> Tensor:
         q_out, q_in = self.vectors[name]
@@ -442,7 +461,14 @@ def _times(vectors: Tensor, matrices: Tensor | None) -> Tensor:
 def _covariance(vectors: Tensor) -> Tensor:
     """The sum of the outer products of vectors ``(n, T, groups, d)``: ``(groups, d, d)``."""
     flat = vectors.flatten(0, 1).transpose(0, 1)
-    return flat.mT @ flat
+    size = flat.shape[2]
+    total = flat.new_empty(len(flat), size, size)
+    for start in range(0, size, _STRIPE):  # half of a symmetric matrix is enough
+        here = slice(start, start + _STRIPE)
+        stripe = flat[..., here].mT @ flat[..., start:]
+        total[:, here, start:] = stripe
+        total[:, start:, here] = stripe.mT
+    return total
 
 
 def _second_moments(rotated: Factor, d_out: int, d_in: int) -> Tensor:
@@ -457,17 +483,27 @@ def _second_moments(rotated: Factor, d_out: int, d_in: int) -> Tensor:
         return d.new_zeros(d_in, d_out).index_add_(0, places % d_in, sums.square_()).T[None]
     if rotated.positions == 1:  # squared entries of an outer product factor: no per-sample gradient is formed
         return d[:, 0].square().transpose(0, 1).mT @ a[:, 0].square().transpose(0, 1)
-    groups = d.shape[2]
-    total = d.new_zeros(groups, d_out, d_in)
-    step = max(1, WORKSPACE // (2 * d.element_size() * total.numel()))
+    total = d.new_zeros(d.shape[2], d_out, d_in)
+    step = min(len(d), max(1, WORKSPACE // (2 * d.element_size() * total.numel())))
+    matrices = d.new_empty(step, *total.shape)  # written again and again: new memory would cost more
     for start in range(0, len(d), step):
-        total += rotated[slice(start, start + step)].formed(d_in).square_().sum(0)
+        some = rotated[slice(start, start + step)]
+        total += some.formed(d_in, into=matrices[: len(some.gradients)]).square_().sum(0)
     return total
 
 
 def _is_diagonal(unit: Unit) -> bool:
     """Whether the Fisher of the outputs is taken to be diagonal."""
     return unit.is_vector and unit.matrix.d_out > _MAX_VECTOR
+
+
+def _formed(problem: Problem, data: Data) -> frozenset[str]:
+    gradients = problem.gradients(*data.rows(slice(0, 1)), compact=False)
+    parts = {name: gradients.part(name, unit.matrix) for name, unit in problem.structure.units.items()}
+    units = problem.structure.units
+    return frozenset(
+        n for n, part in parts.items() if isinstance(part, Factor) and not part.is_smaller(units[n].matrix)
+    )
 
 
 def _within_tolerance(inverse: KroneckerInverse, problem: Problem, data: Data, tolerance: float) -> KroneckerInverse:
@@ -527,4 +563,4 @@ def _check_covered(problem: Problem) -> None:
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, none below zero, and eigenvectors as columns; in float64, whatever the type."""
     values, vectors = torch.linalg.eigh(matrix.double())
-    return values.clamp(min=0).to(matrix.dtype), vectors.to(matrix.dtype)
+    return values.clamp(min=0).to(matrix.dtype), vectors.to(matrix.dtype).contiguous()
