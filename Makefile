@@ -33,7 +33,7 @@ docs: $(READY)
 	$(BIN)/mkdocs build --strict
 
 bench: $(READY)
-	$(BIN)/python benchmarks/calculators.py
+	$(BIN)/python benchmarks/limits.py
 	$(BIN)/python benchmarks/solvers.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/overhead.py

@@ -43,8 +43,8 @@ class Matrix:
         """Number of entries."""
         return self.groups * self.d_out * self.d_in
 
-    def take(self, rows: Tensor, outputs: slice = slice(None)) -> Tensor:
-        """Rows of the matrices, from rows ``(n, P_block)``: ``(n, groups, k, d_in)``."""
+    def take(self, rows: Tensor, outputs: slice = slice(None), into: Tensor | None = None) -> Tensor:
+        """Rows of the matrices, from rows ``(n, P_block)``: ``(n, groups, k, d_in)``; copies go into a tensor given."""
         parts = []
         if self.weight is not None:
             weight = rows[:, self.weight]
@@ -55,7 +55,7 @@ class Matrix:
             parts.append(weight[:, :, outputs])
         if self.bias is not None:
             parts.append(rows[:, self.bias].reshape(len(rows), self.groups, self.d_out, 1)[:, :, outputs])
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3, out=into)
 
     def put(self, rows: Tensor, matrices: Tensor) -> None:
         """The inverse of `take`: write matrices ``(n, groups, d_out, d_in)`` into rows ``(n, P_block)``."""

@@ -526,12 +526,13 @@ def make_plan(work: Work, memory_limit: int, *, test_chunk: int | None = None, t
     sizes: dict[str, Any] = {
         "test_chunk": test_chunk or _first_size(work.n_test, _MIN_TEST_TASKS, _MAX_TEST, work.dense_bytes),
         "train_chunk": train_chunk or _first_size(work.n_train, _MIN_TRAIN_TASKS, _MAX_TRAIN, work.dense_bytes),
-        "batch_size": min(work.batch_size or _MAX_BATCH, _MAX_BATCH, max(work.n_test, work.n_train)),
+        "batch_size": min(work.batch_size or _MAX_BATCH, _MAX_BATCH),
     }
 
     sizes["test_chunk"] = min(sizes["test_chunk"], max(work.n_test, 1))
     sizes["train_chunk"] = min(sizes["train_chunk"], max(work.n_train, 1))
-    sizes["batch_size"] = min(sizes["batch_size"], max(sizes["test_chunk"], sizes["train_chunk"]))
+    if not work.solves:  # there are passes over the data of the fit, too
+        sizes["batch_size"] = min(sizes["batch_size"], max(sizes["test_chunk"], sizes["train_chunk"]))
 
     def plan() -> Plan:
         return Plan(work, memory_limit=memory_limit, **sizes)

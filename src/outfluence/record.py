@@ -113,14 +113,14 @@ def _peak_bytes() -> int:
 
 
 def _give_back() -> None:
-    """Return freed memory to the system, now and from now on, where the C library keeps it (glibc).
+    """Return freed memory to the system, where the C library keeps it (glibc): it would count for the next task.
 
-    It would count for the next task. Dask's nannies set the like for their workers.
+    And let it keep what is used again and again within a task: new pages cost more than most of what is done in them.
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(_TRIM_THRESHOLD, 1 << 16)
-        libc.mallopt(_MMAP_THRESHOLD, 1 << 17)
+        libc.mallopt(_TRIM_THRESHOLD, 64 << 20)
+        libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
         libc.malloc_trim(0)
 
 

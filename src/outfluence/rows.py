@@ -421,7 +421,7 @@ def _form(part: Factor | Tensor, matrix: Matrix) -> _Form:
 
 
 def _take(rows: Tensor, matrix: Matrix) -> _Form:
-    return lambda outputs, _into: matrix.take(rows, outputs)
+    return lambda outputs, into: matrix.take(rows, outputs, into)
 
 
 def _length_of(parts: Mapping[str, Factor | Tensor]) -> tuple[int, Tensor]:
