@@ -34,6 +34,7 @@ docs: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/limits.py
+	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/solvers.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/overhead.py

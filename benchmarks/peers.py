@@ -541,7 +541,7 @@ def python_of(environment):
 def spearman(scores, others):
     from scipy.stats import spearmanr
 
-    pairs = zip(scores, others, strict=True)
+    pairs = [(a, b) for a, b in zip(scores, others, strict=True) if np.ptp(a) and np.ptp(b)]  # a gradient may be zero
     return round(float(np.mean([spearmanr(a, b).statistic for a, b in pairs])), 5)
 
 

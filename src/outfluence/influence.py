@@ -646,8 +646,9 @@ class InverseHarmonicMeanInfluence(InfluenceModel):
 class EkfacInfluence(InfluenceModel):
     """Kronecker-factored inverse of the Fisher (K-FAC), with corrected eigenvalues if asked (EK-FAC).
 
-    For models whose trainable layers are linear. Blocks are layers. Literature: Martens & Grosse 2015; George et al.
-    2018; Grosse et al. 2023.
+    For linear layers, convolutions, embeddings, attention and normalisations; other trainable parameters are refused.
+    Blocks are layers. Literature: Martens & Grosse 2015; George et al. 2018; Grosse et al. 2023; Eschenhagen et al.
+    2023.
 
     Args:
         model: the trained model.
@@ -655,8 +656,9 @@ class EkfacInfluence(InfluenceModel):
         hessian_regularization: lambda >= 0, one for all layers or one for each. The Fisher alone is usually singular;
             a tenth of its mean eigenvalue is a usual choice.
         progress: show a bar over the data in `fit`.
-        loss: one that a distribution of labels belongs to: cross entropy (classes), squared error (Gaussian) or binary
-            cross entropy with logits (Bernoulli), with any reduction or factor; any loss with ``fisher="empirical"``.
+        loss: one that a distribution of labels belongs to: cross entropy (classes; also one label for each of many
+            positions, some of which may be ignored or masked), squared error (Gaussian) or binary cross entropy with
+            logits (Bernoulli), with any reduction or factor; any loss with ``fisher="empirical"``.
         fisher: labels drawn from the model ("sampled"), their expectation ("exact": as many backward passes as
             the model has outputs a sample), or those of the data ("empirical").
         seed: of the sampled labels.
