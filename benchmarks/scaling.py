@@ -2,8 +2,7 @@
 
 For each axis one line of JSON: the sizes, the CPU seconds of EK-FAC from fit to scores on disk (imports and a warm-up
 not counted), and the `exponent` of a power law fitted to them; one is linear. For `workers` and `threads` wall seconds,
-as these do not save CPU time. `n_train`, `n_test`, `parameters` and `positions` are doubled three times from `BASE`, the
-others staying as they are there.
+as these do not save CPU time. What an axis does not change is as in `BASE`.
 """
 
 from __future__ import annotations

@@ -347,7 +347,13 @@ def test_the_store_says_what_made_it(mlp32, tmp_path):
     about = xr.open_zarr(tmp_path / "a.zarr").attrs["outfluence"]
     identity = about["identity"]
     assert identity["method"] == "EkfacInfluence"
-    assert identity["options"] == {"update_diagonal": True, "fisher": "sampled", "seed": 0, "tolerance": 0.0}
+    assert identity["options"] == {
+        "update_diagonal": True,
+        "fisher": "sampled",
+        "seed": 0,
+        "tolerance": 0.0,
+        "weight_sharing": "expand",
+    }
     assert identity["regularization"] == {"0": 1e-2, "2": 1e-2}
     assert identity["train_data"] == identity["fit_data"] == Data.of(train).fingerprint
     assert identity["test_data"] == Data.of(test).fingerprint

@@ -74,7 +74,7 @@ def test_every_public_name_is_there():
         (
             EkfacInfluence,
             "model, update_diagonal=False, hessian_regularization=0.0, progress=False, "
-            "*, loss=cross_entropy, fisher=SAMPLED, seed=0, tolerance=0.0",
+            "*, loss=cross_entropy, fisher=SAMPLED, seed=0, tolerance=0.0, weight_sharing=EXPAND",
         ),
         (
             CgInfluence,

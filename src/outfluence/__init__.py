@@ -21,6 +21,7 @@ _HOME = {
     "EkfacInfluence": "influence",
     "EkfacPreconditioner": "preconditioners",
     "FisherMode": "modes",
+    "WeightSharing": "modes",
     "InfluenceMode": "modes",
     "InverseHarmonicMeanInfluence": "influence",
     "InverseHvpResult": "functional",
@@ -66,6 +67,7 @@ __all__ = [
     "SequentialInfluenceCalculator",
     "Store",
     "TorchTwiceDifferentiable",
+    "WeightSharing",
     "compute_influence_factors",
     "compute_influences",
     "compute_linear_influences",
@@ -96,7 +98,7 @@ if TYPE_CHECKING:
         LissaInfluence,
         NystroemSketchInfluence,
     )
-    from outfluence.modes import BlockMode, FisherMode, InfluenceMode, SecondOrderMode
+    from outfluence.modes import BlockMode, FisherMode, InfluenceMode, SecondOrderMode, WeightSharing
     from outfluence.plan import Plan
     from outfluence.preconditioners import EkfacPreconditioner, JacobiPreconditioner, NystroemPreconditioner
     from outfluence.problem import Problem

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from outfluence.data import Batch, Data, DataLike, Tree, tree_leaves, tree_map
 from outfluence.errors import DataError, NotFittedError, OutfluenceError, ProblemError
-from outfluence.modes import BlockMode, FisherMode, InfluenceMode, SecondOrderMode
+from outfluence.modes import BlockMode, FisherMode, InfluenceMode, SecondOrderMode, WeightSharing
 from outfluence.preconditioners import Preconditioner
 from outfluence.problem import Loss, Problem
 from outfluence.rows import DenseRows, GradientRows, Rows, check_finite
@@ -665,6 +665,7 @@ class EkfacInfluence(InfluenceModel):
         tolerance: error of scores that is allowed, relative to their root mean square. A sample is then encoded to the
             entries of the largest eigenvalues: in the eigenbasis the inverse is nearly constant at all others. How many
             that takes follows from the eigenvalues, and is tried on scores of training samples on each other. 0: exact.
+        weight_sharing: what the covariances take of layers that are applied to several positions.
     """
 
     def __init__(
@@ -678,8 +679,12 @@ class EkfacInfluence(InfluenceModel):
         fisher: FisherMode | str = FisherMode.SAMPLED,
         seed: int = 0,
         tolerance: float = 0.0,
+        weight_sharing: WeightSharing | str = WeightSharing.EXPAND,
     ) -> None:
-        solver = KroneckerSolver(hessian_regularization, update_diagonal, FisherMode(fisher), seed, progress, tolerance)
+        sharing = WeightSharing(weight_sharing)
+        solver = KroneckerSolver(
+            hessian_regularization, update_diagonal, FisherMode(fisher), seed, progress, tolerance, sharing
+        )
         super().__init__(Problem(model, loss, BlockMode.LAYER_WISE), solver)
 
     influence_factors_by_layer = InfluenceModel.influence_factors_by_block

@@ -29,7 +29,7 @@ from outfluence.errors import ProblemError, SingularMatrixError, UnsupportedLaye
 from outfluence.factors import WORKSPACE, Factor, Matrix
 from outfluence.layers import Unit
 from outfluence.likelihood import Likelihood, find_likelihood, the_tensor
-from outfluence.modes import FisherMode
+from outfluence.modes import FisherMode, WeightSharing
 from outfluence.problem import Problem
 from outfluence.rows import CoordinateRows, DenseRows, FactoredRows, GradientRows, Rows, check_finite, formed, joined
 from outfluence.solvers import Inverse, Regularization, grouped, per_block
@@ -62,6 +62,7 @@ class KroneckerSolver:
         seed: of the sampled labels. Sample i gets the same draw whatever the batches.
         progress: show a bar over the data.
         tolerance: error of scores, relative to their root mean square; see `truncation`. 0: none.
+        weight_sharing: what the covariances take of several positions.
     """
 
     regularization: Regularization = 0.0
@@ -70,6 +71,7 @@ class KroneckerSolver:
     seed: int = 0
     progress: bool = False
     tolerance: float = 0.0
+    weight_sharing: WeightSharing = WeightSharing.EXPAND
 
     def fit(self, problem: Problem, data: Data) -> KroneckerInverse:
         """One pass over the data for the covariances, one more for the eigenvalues if they are corrected.
@@ -96,7 +98,7 @@ class KroneckerSolver:
             for name, why in problem.differing(data.rows(slice(start, start + 3))).items():
                 raise UnsupportedLayerError(f"parameter {name!r} is {why}: freeze it, or use another method")
 
-        moments = MomentSum(problem, likelihood, self.fisher, self.seed)
+        moments = MomentSum(problem, likelihood, self.fisher, self.seed, self.weight_sharing)
         sums = data.total(moments, "covariances" if self.progress else None)
         bases = {}
         for name, unit in problem.structure.units.items():
@@ -128,8 +130,8 @@ class KroneckerSolver:
 
     def options(self) -> dict[str, Any]:
         """What the fit depends on."""
-        names = ("update_diagonal", "fisher", "seed", "tolerance")
-        return {name: str(value) if isinstance(value := getattr(self, name), FisherMode) else value for name in names}
+        plain = {name: getattr(self, name) for name in ("update_diagonal", "seed", "tolerance")}
+        return plain | {"fisher": str(self.fisher), "weight_sharing": str(self.weight_sharing)}
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ class MomentSum:
         likelihood: of the labels that are drawn; None: those of the data.
         fisher: whose labels the output gradients are taken at.
         seed: of the sampled labels.
+        sharing: what the covariances take of several positions.
         vectors: by unit eigenvectors ``(Q_out, Q_in)``. With them the sums are the second moments of gradients in
             their basis, ``(groups, d_out, d_in)`` by unit; without, the covariances ``out/UNIT`` and ``in/UNIT``.
     """
@@ -149,6 +152,7 @@ class MomentSum:
     likelihood: Likelihood | None
     fisher: FisherMode
     seed: int
+    sharing: WeightSharing
     vectors: Mapping[str, Basis] | None = None
 
     @property
@@ -175,6 +179,8 @@ class MomentSum:
                     rotated = _rotated(factor, *self.vectors[name])
                     add_to(sums, {name: _second_moments(rotated, *self._shape(name))})
                     continue
+                if self.sharing is WeightSharing.REDUCE:
+                    factor = self._reduced(name, factor)  # noqa: PLW2901 - one position now
                 d = factor.gradients
                 is_diagonal = _is_diagonal(self.problem.structure.units[name])
                 add_to(sums, {f"out/{name}": d.square().sum((0, 1)) if is_diagonal else _covariance(d)})
@@ -189,10 +195,21 @@ class MomentSum:
         matrix = self.problem.structure.units[name].matrix
         return matrix.d_out, matrix.d_in
 
+    def _reduced(self, name: str, factor: Factor) -> Factor:
+        """One position: the sum of output gradients, and the mean of inputs."""
+        d, a = factor.gradients.sum(1, keepdim=True), factor.inputs
+        if not factor.is_one_hot:
+            return Factor(d, a.mean(1, keepdim=True))
+        ones = d.new_full((), 1 / factor.positions).expand(a.shape)
+        means = d.new_zeros(len(a), self._shape(name)[1]).scatter_add_(1, a, ones)
+        return Factor(d, means[:, None, None])
+
     def _of_inputs(self, name: str, factor: Factor) -> Tensor:
         if factor.is_one_hot:
             counts = torch.bincount(factor.inputs.flatten(), minlength=self._shape(name)[1])
             return counts.to(factor.gradients.dtype)[None] / factor.positions
+        if self.problem.structure.units[name].kind == "one_hot":  # reduced; its A is kept diagonal
+            return factor.inputs.square().sum((0, 1))
         return _covariance(factor.inputs) / factor.positions
 
     def _labelled(self, output: Any, batch: Batch, start: int) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -256,8 +273,8 @@ class KroneckerInverse(Inverse):
 
     def dense(self, left: FactoredRows | CoordinateRows) -> DenseRows:
         """``Q_out (R * Q_out^T g Q_in) Q_in^T``, g the gradient matrix of a sample and unit."""
-        (first, *_) = left.arrays.values()
-        values = first.new_zeros(len(left), max(section.stop for section in self.sections.values()))
+        like = next(iter(self.eigenvalues.values()))
+        values = like.new_zeros(len(left), max(section.stop for section in self.sections.values()))
         for name, entries in self._entries(left):
             unit, is_back = self.units[name], self.kept is None and name in self.formed
             block = values[:, self.sections[unit.matrix.block]]
@@ -379,31 +396,28 @@ class KroneckerInverse(Inverse):
 
     def _coordinates(self, gradients: GradientRows, kept: Mapping[str, Tensor], is_left: bool) -> CoordinateRows:
         """The kept entries; and for the constants, the gradients in the eigenbasis."""
-        others, sections, start = dict[str, Factor | Tensor](), dict[str, slice](), 0
-        (first, *_) = (array for array in gradients.arrays.values() if array.is_floating_point())
-        coordinates = first.new_empty(len(gradients), sum(map(len, kept.values())))
+        parts, columns, start = self._in_basis(gradients), dict[str, list[int]](), 0
+        like = next(iter(self.eigenvalues.values()))
+        coordinates = like.new_empty(len(gradients), sum(map(len, kept.values())))
         for name, unit in self.units.items():
-            part, matrix, c = _rotated(gradients.part(name, unit.matrix), *self.vectors[name]), unit.matrix, None
-            which = kept[name]
-            stop = start + len(which)
-            entries = coordinates[:, start:stop]
+            part, which, matrix = parts[name], kept[name], unit.matrix
+            entries = coordinates[:, start : start + len(which)]
             if isinstance(part, Factor):
                 part.entries(matrix.d_in, which, entries)
             else:
-                torch.index_select(part.flatten(1), 1, which, out=entries)
-            if name in self.constants:
-                c = self.constants[name] if is_left else 1
-                others[name] = Factor(part.gradients * c, part.inputs) if isinstance(part, Factor) else part * c
+                entries.copy_(part.flatten(1).index_select(1, which))
             if is_left:
                 entries.mul_(self._kept_weights[name])
-            sections[matrix.block] = slice(sections.get(matrix.block, slice(start, stop)).start, stop)
-            start = stop
-        identity = None
-        if others:
-            matrices = {name: self.units[name].matrix for name in others}
-            identity = FactoredRows.of(others, matrices, self.sections, form=False)
-        together = {block: sections.get(block, slice(0, 0)) for block in self.sections}
-        return CoordinateRows(coordinates, together, identity)
+            columns.setdefault(matrix.block, [start]).append(start := start + len(which))
+        sections = {block: slice(columns[block][0], columns[block][-1]) for block in self.sections}
+        others = {name: parts[name] for name in self.constants}
+        if is_left:
+            for name, c in self.constants.items():
+                part = parts[name]
+                others[name] = Factor(part.gradients * c, part.inputs) if isinstance(part, Factor) else part * c
+        matrices = {name: self.units[name].matrix for name in others}
+        identity = FactoredRows.of(others, matrices, self.sections, form=False) if others else None
+        return CoordinateRows(coordinates, sections, identity)
 
     def _entries(self, left: FactoredRows | CoordinateRows) -> Iterator[tuple[str, Tensor]]:
         """The matrices that left rows stand for, in the eigenbasis."""
