@@ -56,8 +56,8 @@ class FisherMode(_Choice):
 class WeightSharing(_Choice):
     """What K-FAC takes of a layer that is applied to several positions of a sample (Eschenhagen et al. 2023).
 
-    ``expand``: each position counts as a sample of its own; ``reduce``: the mean of the inputs and the sum of the output
-    gradients count as one.
+    ``expand``: each position counts as a sample of its own; ``reduce``: the mean of the inputs counts, and the sum of
+    the output gradients.
     """
 
     EXPAND = "expand"
