@@ -10,6 +10,7 @@ function has no such structure: its gradients are computed as dense rows.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -39,7 +40,8 @@ class Use:
         part: which of the outputs of the parameter these are; None: all.
         groups: of a convolution.
         padding: of an embedding, the place that gets no gradient.
-        inputs: what the output gradient is multiplied with; None: ones. It is asked for once, after the forward pass.
+        inputs: what the output gradient is multiplied with, of a convolution with or without a last column of ones;
+            None: ones. It is asked for once, after the forward pass.
     """
 
     parameter: str
@@ -51,7 +53,7 @@ class Use:
     part: slice | None = None
     groups: int = 1
     padding: int | None = None
-    inputs: Callable[[], Tensor] | None = field(default=None, compare=False)
+    inputs: Callable[..., Tensor] | None = field(default=None, compare=False)
 
     @property
     def signature(self) -> tuple[Any, ...]:
@@ -92,7 +94,7 @@ class Structure:
         signature: of the uses, in order.
         units: what is factored, by name of the parameter.
         dense: the other parameters, and why.
-        numbers: of the outputs of all these functions for one sample.
+        numbers: of the inputs and outputs of all these functions for one sample, position by position.
     """
 
     axes: tuple[int | str | None, ...] = ()
@@ -278,12 +280,13 @@ class Recording:
 
     def _sides(self, use: Use, gradient: Tensor, unit: Unit) -> tuple[Tensor, Tensor]:
         assert use.inputs is not None
-        matrix, inputs, axis = unit.matrix, use.inputs(), self._axis(use.output)
+        matrix, axis = unit.matrix, self._axis(use.output)
         if use.kind == "conv":
             d = gradient.flatten(2).mT.reshape(self.n, -1, matrix.groups, matrix.d_out).contiguous()
             # A sample may be several images: frames, which the model has flattened into the first axis.
-            a = inputs.to(d.dtype).reshape(self.n, -1, *inputs.shape[2:])
-            return d, _with_ones(a, unit.bias)
+            a = use.inputs(unit.bias is not None)
+            return d, a.to(d.dtype).reshape(self.n, -1, *a.shape[2:])
+        inputs = use.inputs()
         d = gradient.movedim(axis, 0).reshape(self.n, -1, gradient.shape[-1]).contiguous()  # products are faster
         if use.output in self._recorder.expanded:
             inputs = _for_all(inputs, self.n)
@@ -372,7 +375,10 @@ def look(
         signature=tuple(use.signature for use in three.uses),
         units=units,
         dense={name: reasons[name] for name in parameters if name not in covered},
-        numbers=sum(math.prod(shape) for i, shape in enumerate(three.shapes) if i in used) // 3,
+        numbers=sum(
+            _numbers(three.shapes[use.output], units[use.parameter]) for use in three.uses if use.parameter in units
+        )
+        // 3,
     )
 
 
@@ -459,6 +465,14 @@ def _matrix_unit(
         transposed,
     )
     return Unit(name, bias, matrix, kind)
+
+
+def _numbers(output: tuple[int, ...], unit: Unit) -> int:
+    """How many numbers go into and out of a function that a unit is given to."""
+    size, matrix = math.prod(output), unit.matrix
+    if unit.kind in ("vector", "one_hot"):
+        return size
+    return size + size // max(1, matrix.d_out) * matrix.d_in
 
 
 def _reason_against(use: Use, axis: Any, shape: tuple[int, ...]) -> str | None:
@@ -569,8 +583,8 @@ def _conv(
     if (w := name(weight)) is not None:
         kernel = tuple(weight.shape[2:])
 
-        def inputs() -> Tensor:
-            return _patches(fixed, kernel, stride, padding, dilation, groups)
+        def inputs(ones: bool = False) -> Tensor:
+            return _patches(fixed, kernel, stride, padding, dilation, groups, ones)
 
         uses.append(Use(w, "conv", bias=b, groups=groups, inputs=inputs))
     if b is not None:
@@ -578,8 +592,10 @@ def _conv(
     return uses
 
 
-def _patches(x: Tensor, kernel: tuple[int, ...], stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
-    """What each position of a convolution's output is made of: ``(n, T, groups, d_in)``."""
+def _patches(
+    x: Tensor, kernel: tuple[int, ...], stride: Any, padding: Any, dilation: Any, groups: int, ones: bool
+) -> Tensor:
+    """What each position of a convolution's output is made of: ``(n, T, groups, d_in)``, with a last column of ones."""
     n_dims = len(kernel)
 
     def each(value: Any) -> list[int]:
@@ -592,12 +608,21 @@ def _patches(x: Tensor, kernel: tuple[int, ...], stride: Any, padding: Any, dila
         sides = [(r // 2, r - r // 2) for r in reach]
     else:
         sides = [(0, 0)] * n_dims if padding == "valid" else [(p, p) for p in each(padding)]
-    x = F.pad(x, [p for pair in reversed(sides) for p in pair])
-    for i in range(n_dims):
-        x = x.unfold(2 + i, reach[i] + 1, stride[i])[..., :: dilation[i]]
-    x = x.reshape(len(x), groups, -1, *x.shape[2:])  # (n, groups, channels, *outputs, *kernel)
-    order = [0, *range(3, 3 + n_dims), 1, 2, *range(3 + n_dims, 3 + 2 * n_dims)]
-    return x.permute(order).reshape(len(x), -1, groups, x.shape[2] * math.prod(kernel))
+    x = F.pad(x, [p for pair in reversed(sides) for p in pair]).movedim(1, -1).contiguous()
+    outputs = [(size - r - 1) // s + 1 for size, r, s in zip(x.shape[1:], reach, stride, strict=False)]
+    x = x.unflatten(-1, (groups, -1))  # type: ignore[no-untyped-call]
+    d_in = x.shape[-1] * math.prod(kernel)
+    patches = x.new_empty(len(x), *outputs, groups, d_in + ones)
+    if ones:
+        patches[..., -1] = 1
+    entries = patches[..., :d_in].unflatten(-1, (x.shape[-1], *kernel))  # type: ignore[no-untyped-call]
+    for offset in itertools.product(*map(range, kernel)):  # a place of the kernel at a time: whole rows are copied
+        window = [
+            slice(o * d, o * d + s * (size - 1) + 1, s)
+            for o, d, s, size in zip(offset, dilation, stride, outputs, strict=True)
+        ]
+        entries[(..., *offset)] = x[(slice(None), *window)]
+    return patches.flatten(1, n_dims)
 
 
 def _embedding(
