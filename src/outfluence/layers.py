@@ -370,15 +370,13 @@ def look(
     units = _units(three, blocks, reasons)
     covered = {name for unit in units.values() for name in (unit.parameter, unit.bias)}
     used = {use.output for use in three.uses if use.parameter in covered}
+    numbers = [_numbers(three.shapes[use.output], units[use.parameter]) for use in three.uses if use.parameter in units]
     return Structure(
         axes=tuple(axis if i in used else "unused" for i, axis in enumerate(axes)),
         signature=tuple(use.signature for use in three.uses),
         units=units,
         dense={name: reasons[name] for name in parameters if name not in covered},
-        numbers=sum(
-            _numbers(three.shapes[use.output], units[use.parameter]) for use in three.uses if use.parameter in units
-        )
-        // 3,
+        numbers=sum(numbers) // 3,
     )
 
 
