@@ -53,6 +53,7 @@ CASES = {
     "formed rows": (POSITIONS * 32, 256, 8_000, 400, 640, "ekfac positions", "up", {"keep_gradients": True}),
     "coordinate rows": (64, 128, 100_000, 1_000, 320, "arnoldi", "up", {"top_k": 20, "keep_gradients": True}),
     "coordinates and identity": (64, 128, 40_000, 500, 384, "nystroem", "up", {"self_influences": True}),
+    "coordinates and constants": (256, 512, 6_000, 600, 384, "ekfac tolerance", "up", {"self_influences": True}),
     "groups": (64, 64, 40_000, 2_000, 384, "ekfac", "up", {"matrix": False, "groups": True}),
     "perturbation": (784, 32, 2_000, 100, 640, "ekfac", "perturbation", {}),
 }
@@ -92,6 +93,7 @@ def influence(method, features, width):
     loss, options = nn.functional.cross_entropy, {"second_order_mode": "gauss_newton"}
     return {
         "ekfac": EkfacInfluence(model, True, 1e-3),
+        "ekfac tolerance": EkfacInfluence(model, True, 1e-3, tolerance=0.01),
         "arnoldi": ArnoldiInfluence(model, loss, 1e-3, rank=20, tol=1e-2, **options),
         "ekfac positions": EkfacInfluence(model, True, 1e-3),
         "harmonic": InverseHarmonicMeanInfluence(model, loss, 1e-3),
