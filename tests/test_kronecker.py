@@ -274,7 +274,6 @@ class Focal(nn.CrossEntropyLoss):
     "loss",
     [
         nn.CrossEntropyLoss(label_smoothing=0.1),
-        nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 1.0]).double(), reduction="sum"),
         F.smooth_l1_loss,
         nn.BCEWithLogitsLoss(pos_weight=torch.tensor([2.0]).double()),
         _picky,

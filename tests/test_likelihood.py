@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from outfluence import EkfacInfluence, Problem
+from outfluence import likelihood as likelihood_module
 from outfluence.data import Batch, tree_map
 from outfluence.errors import ProblemError
 from outfluence.likelihood import find_likelihood, uniform_draws
@@ -40,6 +41,17 @@ LOSSES = {
     "ignored, sum": (lambda z, y: 3 * F.cross_entropy(z, y, reduction="sum"), labels(ignored=True), 1),
     "smaller integers": (lambda z, y: F.cross_entropy(z, y.long()), labels().to(torch.int32), 1),
     "a mask": (masked, {"words": labels(), "mask": (labels() > 0).double() + 0.5}, 2),
+    "a mask that hides all of the first sample": (
+        lambda z, y: (F.cross_entropy(z, y["words"], reduction="none") * y["mask"]).sum(),
+        {"words": labels(), "mask": torch.tensor([0.0, 1.0, 0.5, 2.0, 1.0]).double()[:, None].expand(N, POSITIONS)},
+        1,
+    ),
+    "weights of classes": (
+        nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0, 4.0]).double(), reduction="sum"),
+        labels(),
+        1,
+    ),
+    "a class that is ignored": (nn.CrossEntropyLoss(ignore_index=1), (labels() + 1) % 2 + labels() // 2, 1),
     "last positions count more": (
         lambda z, y: (F.cross_entropy(z, y, reduction="none") * torch.arange(1.0, 1 + POSITIONS)).sum(),
         labels(),
@@ -109,11 +121,53 @@ def test_drawn_labels_have_that_mean(name):
         assert (total[i] - expected).norm() < 0.06 * expected.norm() + 1e-12
 
 
-def test_other_weights_of_classes_are_no_likelihood():
+ONE_LABEL = {
+    "weights of samples": (
+        lambda z, y: (F.cross_entropy(z, y["label"], reduction="none") * y["weight"]).sum(),
+        lambda y: {"label": y, "weight": torch.tensor([0.0, 3.0, 0.5, 1.0, 2.0]).double()},
+    ),
+    "weights of classes": (
+        nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0, 4.0]).double(), reduction="sum"),
+        lambda y: y,
+    ),
+    "ignored": (nn.CrossEntropyLoss(reduction="sum"), lambda y: y.where(y != 2, IGNORED)),
+    "a class that is ignored": (nn.CrossEntropyLoss(reduction="sum", ignore_index=0), lambda y: y),
+}
+
+
+@pytest.mark.parametrize("name", ONE_LABEL)
+def test_one_label_a_sample_has_its_own_weight(name):
+    loss, make = ONE_LABEL[name]
+    torch.manual_seed(4)
+    model, x = nn.Linear(3, CLASSES).double(), torch.randn(N, 3).double()
+    y = make(torch.tensor([2, 0, 3, 1, 2]))
+    problem = Problem(model, loss)
+    likelihood = find_likelihood(problem, Batch(x[:3], tree_map(lambda t: t[:3], y)))
+    z = model(x).detach()
+    sides = [*likelihood.expected(z, likelihood.weights(problem, z, y))]
+    for i in range(N):
+        total = sum(torch.outer(s[i], s[i]) for s in sides)
+        assert torch.allclose(total, hessian(loss, z, y, i), rtol=1e-8, atol=1e-12)
+
+
+def test_more_classes_than_are_tried(monkeypatch):
+    """A large vocabulary, whose last word is ignored."""
+    monkeypatch.setattr(likelihood_module, "_MOST_NUMBERS", 1)
+    classes, loss = 3000, nn.CrossEntropyLoss(ignore_index=2999)
+    torch.manual_seed(5)
+    model, x = nn.Linear(3, classes).double(), torch.randn(4, 6, 3).double()
+    y = torch.randint(0, classes, (4, 6))
+    y[:, 3:] = 2999
+    problem = Problem(model, lambda z, y: loss(z.transpose(1, 2), y))
+    likelihood = find_likelihood(problem, Batch(x, y))
+    weights = likelihood.weights(problem, model(x).detach(), y)
+    assert torch.allclose(weights, torch.tensor([1 / 3, 1 / 3, 1 / 3, 0, 0, 0]).double().expand(4, 6))
+
+
+def test_smoothed_labels_are_no_likelihood():
     model, _, x, y, _ = case("classes first")
-    weighted = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0, 4.0]).double())
     with pytest.raises(ProblemError, match="labels can be drawn from the model for cross entropy"):
-        find_likelihood(Problem(model, weighted), Batch(x, y))
+        find_likelihood(Problem(model, nn.CrossEntropyLoss(label_smoothing=0.1)), Batch(x, y))
 
 
 @pytest.mark.parametrize("name", ["sum", "ignored, mean", "a mask"])

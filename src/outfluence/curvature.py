@@ -55,7 +55,7 @@ class Curvature:
     @cached_property
     def likelihood(self) -> Likelihood:
         """The distribution of labels that the loss stands for; see `find_likelihood`."""
-        return find_likelihood(self.problem, self.data.rows(slice(0, 1)))
+        return find_likelihood(self.problem, self.data.rows(slice(0, 3)))
 
     @property
     def size(self) -> int:

@@ -662,9 +662,10 @@ class EkfacInfluence(InfluenceModel):
         fisher: labels drawn from the model ("sampled"), their expectation ("exact": as many backward passes as
             the model has outputs a sample), or those of the data ("empirical").
         seed: of the sampled labels.
-        tolerance: error of scores that is allowed, relative to their root mean square. A sample is then encoded to the
+        tolerance: error of scores that is aimed at, relative to their root mean square. A sample is then encoded to the
             entries of the largest eigenvalues: in the eigenbasis the inverse is nearly constant at all others. How many
-            that takes follows from the eigenvalues, and is tried on scores of training samples on each other. 0: exact.
+            that takes follows from the eigenvalues, and is tried on scores of training samples on each other; of
+            others it may be a little more. With another regularization it is not tried again. 0: exact.
         weight_sharing: what the covariances take of layers that are applied to several positions.
     """
 

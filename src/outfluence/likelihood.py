@@ -3,13 +3,13 @@
 A loss that is ``c`` times the negative log-likelihood of a categorical, Gaussian or Bernoulli distribution is known
 by its derivatives, however it was written: as a torch loss with any reduction, a multiple of one, or a function around
 it. The matrix made of it is ``c`` times the Fisher of the distribution, which for these is the Gauss-Newton matrix
-``J^T H_L J`` (Martens 2020, section 9): ``H_L``, the Hessian of the loss with respect to the output, does not depend on
-the label, and is the mean of ``s s^T`` over the *pseudo-gradients* s given here.
+``J^T H_L J`` (Martens 2020, section 9): ``H_L``, the Hessian of the loss with respect to the output, is the mean of
+``s s^T`` over the *pseudo-gradients* s given here. Of classes, c may depend on the sample: on masks and weights in y,
+on the class of its label, and on the position of a label, where a sample has many; where a label is ignored it is zero.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,15 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
-from torch.nn.functional import one_hot
 from torch.utils import _pytree
 
 from outfluence.data import Batch, Tree, describe, tree_leaves, tree_map
 from outfluence.errors import ProblemError
 from outfluence.problem import Problem
 
-#: Most classes that are tried when a loss is looked at, and numbers of the outputs they are tried with.
-_CLASSES, _NUMBERS = 1024, 1 << 22
+#: Most pairs of outputs and labels that a loss is looked at with, and about how many numbers of the outputs.
+_TRIED, _MOST_NUMBERS = 32, 1 << 22
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
@@ -37,20 +36,21 @@ class Likelihood:
 
     Attributes:
         family: "categorical" (z are class scores), "gaussian" (z are means, variance 1), "bernoulli" (z are logits).
-        scale: c, the loss as a multiple of the negative log-likelihood; None where positions weigh differently.
+        scale: c, the loss as a multiple of the negative log-likelihood; None where it depends on y or the position.
         axis: of class scores, that of the classes; along all others there are positions, each with a label.
         leaf: which of the tensors of y are the labels.
-        usual: c of each position, where no label is ignored.
     """
 
     family: str
     scale: float | None
     axis: int = 1
     leaf: int = 0
-    usual: Tensor | None = None
 
     def weights(self, problem: Problem, output: Any, y: Tree) -> Tensor:
-        """C of each label: a scalar, or ``(n, *positions)``; zero where the loss ignores the label that is there.
+        """C of each sample: a scalar if it is the same for all; of class scores of each label, ``(n, *positions)``.
+
+        It is zero where the loss ignores the label that is there, and whatever the loss makes of masks and weights in
+        y, or of the label's class.
 
         Args:
             problem: model and loss.
@@ -58,17 +58,11 @@ class Likelihood:
             y: their labels.
         """
         z = the_tensor(output)
-        if self.scale is not None:
+        if self.family != "categorical":
             return z.new_tensor(self.scale)
-        labels, classes = tree_leaves(y)[self.leaf].long(), z.shape[self.axis]
-        is_usual = isinstance(y, Tensor) and self.usual is not None and self.usual.shape == labels.shape[1:]
-        if is_usual and bool(((labels >= 0) & (labels < classes)).all()):
-            assert self.usual is not None
-            return self.usual.to(z).expand(labels.shape)
-        # Of labels that count only. Where the scores are zero no class is certain, and no derivative is.
-        zeros = torch.zeros_like(z)
-        gradients = _gradients(problem, output, zeros, y).movedim(self.axis, -1)
-        return _multiple(gradients, 1 / classes - one_hot(labels.clamp(0, classes - 1), classes)).to(z.dtype)
+        # Where the scores are zero no class is certain, and no derivative is zero unless c is.
+        gradients = _gradients(problem, output, torch.zeros_like(z), y).movedim(self.axis, -1)
+        return _multiples(gradients, tree_leaves(y)[self.leaf])
 
     def sampled(self, z: Tensor, uniform: Tensor, weights: Tensor) -> Tensor:
         """Pseudo-gradients at a label drawn for each sample: ``sqrt(c)`` times the log-likelihood's.
@@ -81,7 +75,7 @@ class Likelihood:
         if self.family == "categorical":
             p = z.movedim(self.axis, -1).softmax(-1)
             below = torch.searchsorted(p.cumsum(-1, dtype=torch.float64), uniform.reshape(*p.shape[:-1], 1))
-            unit = p.scatter_add(-1, below.clamp(max=p.shape[-1] - 1), -torch.ones_like(p[..., :1]))
+            unit = _minus_ones(p, below.squeeze(-1).clamp(max=p.shape[-1] - 1))
             return unit.mul_(weights.sqrt().unsqueeze(-1)).movedim(-1, self.axis)
         if self.family == "gaussian":
             unit = torch.special.ndtri(uniform).reshape(z.shape).to(z.dtype)
@@ -128,7 +122,6 @@ def find_likelihood(problem: Problem, batch: Batch) -> Likelihood:
     """
     with torch.no_grad():
         output = problem.output(problem.parameters, problem.on_device(batch.x))
-    output = _pytree.tree_map(lambda leaf: leaf[:1] if isinstance(leaf, Tensor) and leaf.ndim else leaf, output)
     z, y = the_tensor(output).detach(), problem.on_device(batch.y)
     generator = torch.Generator().manual_seed(0)
 
@@ -136,35 +129,25 @@ def find_likelihood(problem: Problem, batch: Batch) -> Likelihood:
         return (torch.randn(n, *z.shape[1:], generator=generator, dtype=torch.float64) * scale).to(z)
 
     def gradients(outputs: Tensor, leaf: int, labels: Tensor) -> Tensor:
-        leaves = iter(range(len(tree_leaves(y))))
+        number = iter(range(len(tree_leaves(y))))
         given = tree_map(
-            lambda t: labels.to(t.dtype) if next(leaves) == leaf else t[:1].expand(len(labels), *t.shape[1:]), y
+            lambda t: labels.to(t.dtype) if next(number) == leaf else t[torch.arange(len(labels)) % len(t)], y
         )
         return _gradients(problem, output, outputs, given)
 
     tolerance = 1e4 * torch.finfo(z.dtype).eps
     for leaf, axis in _classes_in(z, y):
-        classes, shape = z.shape[axis], (*z.shape[1:axis], *z.shape[axis + 1 :])
-        n = max(1, min(classes, _CLASSES, _NUMBERS // z.numel()))
-        labels = torch.linspace(0, classes - 1, n, device=z.device).round().long()
-        # At each position all of them, and side by side others.
-        shifts = torch.arange(math.prod(shape), device=z.device)
-        labels = (
-            labels[(torch.arange(n, device=z.device)[:, None] + shifts) % n]
-            .reshape(n, *shape)
-            .repeat(2, *[1] * len(shape))
-        )
-        outputs = torch.cat([normal(n, 1.0), normal(n, 10.0)])
-        expected = outputs.movedim(axis, -1).softmax(-1) - one_hot(labels, classes)
+        n, shape = max(2, min(_TRIED, _MOST_NUMBERS // z[0].numel())), (*z.shape[1:axis], *z.shape[axis + 1 :])
+        labels = torch.randint(0, z.shape[axis], (n, *shape), generator=generator).to(z.device)
+        outputs = torch.cat([normal(n // 2, 1.0), normal(n - n // 2, 10.0)])
         with suppress(RuntimeError, IndexError, ValueError):  # of a loss that takes labels of another kind there
             actual = gradients(outputs, leaf, labels).movedim(axis, -1)
-            weights = (actual * expected).sum((0, -1)) / expected.square().sum((0, -1))
-            difference = (actual - weights.unsqueeze(-1) * expected).abs().max()
-            largest = weights.max()
-            if largest > 0 and weights.min() >= 0 and difference <= tolerance * largest * expected.abs().max():
-                if not shape:
-                    return Likelihood("categorical", largest.item(), axis, leaf)
-                return Likelihood("categorical", None, axis, leaf, weights)
+            weights = _multiples(gradients(torch.zeros_like(outputs), leaf, labels).movedim(axis, -1), labels)
+            expected = weights.unsqueeze(-1) * _minus_ones(outputs.movedim(axis, -1).softmax(-1), labels)
+            largest = weights.max().item()
+            if largest > 0 and weights.min() >= 0 and (actual - expected).abs().max() <= tolerance * largest:
+                same = isinstance(y, Tensor) and not shape and weights.min() >= (1 - tolerance) * largest
+                return Likelihood("categorical", largest if same else None, axis, leaf)
     for family in _families(z, y):
         outputs, labels = torch.cat([normal(16, 1.0), normal(16, 10.0)]), normal(32, 3.0)
         if family == "bernoulli":
@@ -221,16 +204,27 @@ def _gradients(problem: Problem, output: Any, outputs: Tensor, y: Tree) -> Tenso
     return derivative
 
 
-def _multiple(vectors: Tensor, of: Tensor) -> Tensor:
-    """What others are multiplied with to be nearest to vectors, along the last axis."""
-    return (vectors * of).sum(-1) / of.square().sum(-1)
+def _multiples(gradients: Tensor, labels: Tensor) -> Tensor:
+    """c, from derivatives ``c (1 / C - [k is the label])`` where all scores are zero: ``(n, *positions, C)``."""
+    classes = gradients.shape[-1]
+    at_label = gradients.gather(-1, labels.long().clamp(0, classes - 1).unsqueeze(-1)).squeeze(-1)
+    return (gradients.mean(-1) - at_label) / (1 - 1 / classes)
+
+
+def _minus_ones(p: Tensor, labels: Tensor) -> Tensor:
+    """``p_k - [k is the label]``."""
+    return p.scatter_add(-1, labels.unsqueeze(-1), -torch.ones_like(p[..., :1]))
 
 
 def _classes_in(z: Tensor, y: Any) -> Iterator[tuple[int, int]]:
     """Where classes may be: which tensor of y are labels, and which axis of z goes over their classes."""
     for i, leaf in enumerate(tree_leaves(y)):
         for axis in range(1, z.ndim):
-            if z.shape[1:axis] + z.shape[axis + 1 :] == leaf.shape[1:] and leaf.dtype in _INTEGERS:
+            if (
+                z.shape[axis] > 1
+                and z.shape[1:axis] + z.shape[axis + 1 :] == leaf.shape[1:]
+                and leaf.dtype in _INTEGERS
+            ):
                 yield i, axis
 
 

@@ -172,18 +172,19 @@ class EkfacPreconditioner:
         inverse = (
             model.inverse
             if model.is_fitted
-            else replace(model.solver, regularization=1.0).fit(model.problem, curvature.data)
+            else replace(model.solver, regularization=1.0, tolerance=0.0).fit(model.problem, curvature.data)
         )
         return self._fitted(curvature, inverse, inverse.tensors)
 
     def restore(self, curvature: Curvature, tensors: Mapping[str, Tensor]) -> FittedEkfac:
         """See `Preconditioner`."""
-        solver = replace(self.model.solver, regularization=1.0)
+        solver = replace(self.model.solver, regularization=1.0, tolerance=0.0)
         return self._fitted(curvature, solver.restore(self.model.problem, curvature.data, tensors), tensors)
 
     def _fitted(self, curvature: Curvature, inverse: Any, tensors: Mapping[str, Tensor]) -> FittedEkfac:
         problem = curvature.problem
-        moved = inverse.with_tensors({k: t.to(problem.device, problem.dtype) for k, t in tensors.items()})
+        dtypes = {k: problem.dtype if t.is_floating_point() else t.dtype for k, t in tensors.items()}
+        moved = inverse.with_tensors({k: t.to(problem.device, dtypes[k]) for k, t in tensors.items()})
         sizes = {name: p.numel() for name, p in problem.parameters.items()}
         return FittedEkfac(
             moved, {name: sizes[name] for name in problem.blocks[curvature.block]}, self._layers(curvature)

@@ -84,7 +84,7 @@ class KroneckerSolver:
         if not 0 <= self.tolerance < 1:
             raise ProblemError(f"tolerance is a part of the scores' size, from 0 to below 1, not {self.tolerance!r}")
         sampling = self.fisher is not FisherMode.EMPIRICAL
-        likelihood = find_likelihood(problem, data.rows(slice(0, 1))) if sampling else None
+        likelihood = find_likelihood(problem, data.rows(slice(0, 3))) if sampling else None
         regularization = per_block(self.regularization, problem)
         problem = _with_structure(problem, data)
         _check_covered(problem)
@@ -113,9 +113,9 @@ class KroneckerSolver:
             eigenvalues = {name: sums[name] / len(data) for name in vectors}
         else:
             eigenvalues = {name: g[0].unsqueeze(-1) * a[0].unsqueeze(-2) for name, (g, a) in bases.items()}
-        as_matrices = _formed(problem, data)
+        unrotated, products = _kinds_of_rows(problem, data)
         inverse = KroneckerInverse(
-            problem.structure.units, problem.sections, vectors, eigenvalues, regularization, as_matrices
+            problem.structure.units, problem.sections, vectors, eigenvalues, regularization, unrotated, products
         )
         inverse.check()
         return _within_tolerance(inverse, problem, data, self.tolerance) if self.tolerance else inverse
@@ -124,8 +124,10 @@ class KroneckerSolver:
         """See `Solver`."""
         problem = _with_structure(problem, data)
         regularization = per_block(self.regularization, problem)
-        as_matrices = _formed(problem, data)
-        inverse = KroneckerInverse(problem.structure.units, problem.sections, {}, {}, regularization, as_matrices)
+        unrotated, products = _kinds_of_rows(problem, data)
+        inverse = KroneckerInverse(
+            problem.structure.units, problem.sections, {}, {}, regularization, unrotated, products
+        )
         return inverse.with_tensors(tensors)
 
     def options(self) -> dict[str, Any]:
@@ -238,8 +240,9 @@ class KroneckerInverse(Inverse):
             None where it is the identity.
         eigenvalues: Lambda, by unit ``(groups, d_out, d_in)``.
         regularization: lambda, per block.
-        formed: units whose gradients are smaller when they are multiplied out. Left rows of these are influence
+        unrotated: units whose gradients are smaller when they are multiplied out. Left rows of these are influence
             factors, so that the many right rows, gradients then, need not be rotated.
+        products: units for which the product of two samples' gradients is cheap.
         kept: the entries of each unit that count one by one, ``(k,)``; see `truncation`. None: all.
         constants: by unit the number that stands for R at all others, ``(1,)``; none: zero.
         aim: the expected error that `kept` was chosen for, ``(1,)``.
@@ -250,35 +253,39 @@ class KroneckerInverse(Inverse):
     vectors: Mapping[str, Basis]
     eigenvalues: Mapping[str, Tensor]
     regularization: Mapping[str, float]
-    formed: frozenset[str] = frozenset()
+    unrotated: frozenset[str] = frozenset()
+    products: frozenset[str] = frozenset()
     kept: Mapping[str, Tensor] | None = None
     constants: Mapping[str, Tensor] = field(default_factory=dict)
     aim: Tensor | None = None
 
     def left(self, gradients: GradientRows) -> FactoredRows | CoordinateRows:
-        """Gradients in the eigenbasis, and ``R = 1 / (Lambda + lambda)`` beside them, or multiplied in."""
+        """Gradients in the eigenbasis with ``R = 1 / (Lambda + lambda)``, or influence factors; see the class."""
         if self.kept is not None:
             return self._coordinates(gradients, self.kept, is_left=True)
         parts, weights = self._in_basis(gradients), self._weights
-        for name in self.formed:
+        for name in self.unrotated:
             parts[name] = self._back(name, formed(parts[name], self.units[name].matrix).mul(weights[name]))
-        weights = {name: weight for name, weight in weights.items() if name not in self.formed}
+        weights = {name: weight for name, weight in weights.items() if name not in self.unrotated}
         return FactoredRows.of(parts, self._matrices, self.sections, weights)
 
     def right(self, gradients: GradientRows) -> FactoredRows | CoordinateRows:
-        """Gradients in the eigenbasis."""
+        """Gradients, in the eigenbasis where left rows are."""
         if self.kept is not None:
             return self._coordinates(gradients, self.kept, is_left=False)
-        return FactoredRows.of(self._in_basis(gradients, self.formed), self._matrices, self.sections)
+        return FactoredRows.of(self._in_basis(gradients, self.unrotated), self._matrices, self.sections)
 
     def dense(self, left: FactoredRows | CoordinateRows) -> DenseRows:
         """``Q_out (R * Q_out^T g Q_in) Q_in^T``, g the gradient matrix of a sample and unit."""
-        like = next(iter(self.eigenvalues.values()))
+        like, arrays = next(iter(self.eigenvalues.values())), left.arrays
         values = like.new_zeros(len(left), max(section.stop for section in self.sections.values()))
-        for name, entries in self._entries(left):
-            unit, is_back = self.units[name], self.kept is None and name in self.formed
-            block = values[:, self.sections[unit.matrix.block]]
-            unit.matrix.put(block, entries if is_back else self._back(name, entries))
+        step = max(1, WORKSPACE // (4 * values.element_size() * max(values.shape[1], 1)))
+        for start in range(0, len(left), step):
+            some = slice(start, start + step)
+            for name, entries in self._entries(left.with_arrays({key: array[some] for key, array in arrays.items()})):
+                unit, is_back = self.units[name], self.kept is None and name in self.unrotated
+                block = values[some, self.sections[unit.matrix.block]]
+                unit.matrix.put(block, entries if is_back else self._back(name, entries))
         return DenseRows(values, self.sections)
 
     def quadratic(self, gradients: GradientRows) -> Tensor:
@@ -287,10 +294,10 @@ class KroneckerInverse(Inverse):
         left = FactoredRows.of(parts, self._matrices, self.sections, self._weights, form=False)
         return left.dot_each(FactoredRows.of(parts, self._matrices, self.sections, form=False))
 
-    def truncated(self, aim: float, with_constant: Collection[str]) -> Self:
+    def truncated(self, aim: float) -> Self:
         """This inverse with entries that suffice for scores with an error; see `truncation`."""
         by_unit = {name: self.regularization[unit.matrix.block] for name, unit in self.units.items()}
-        kept, constants = truncation(self.eigenvalues, by_unit, with_constant, aim)
+        kept, constants = truncation(self.eigenvalues, by_unit, self.products, aim)
         like = next(iter(self.eigenvalues.values()))
         return replace(self, kept=kept, constants=constants, aim=like.new_tensor([aim]))
 
@@ -316,10 +323,10 @@ class KroneckerInverse(Inverse):
         return info
 
     def with_regularization(self, regularization: Mapping[str, float]) -> Self:
-        """The same eigenvectors and eigenvalues."""
+        """The same eigenvectors and eigenvalues; with a tolerance, entries for the same expected error."""
         other = replace(self, regularization=dict(regularization))
         other.check()
-        return other if self.aim is None else other.truncated(float(self.aim), self.constants.keys())
+        return other if self.aim is None else other.truncated(float(self.aim))
 
     @property
     def nbytes(self) -> int:
@@ -435,8 +442,10 @@ class KroneckerInverse(Inverse):
                 which = self.kept[name]
                 added = left.coordinates[:, start : start + len(which)]
                 start += len(which)
-                flat = added.new_zeros(len(left), matrix.size) if entries is None else entries.flatten(1)
-                entries = flat.index_add(1, which, added).reshape(shape)
+                flat = added.new_zeros(len(left), matrix.size)
+                if entries is not None:
+                    flat += entries.flatten(1)
+                entries = flat.index_add_(1, which, added).reshape(shape)
             assert entries is not None
             yield name, entries
 
@@ -498,7 +507,7 @@ def _second_moments(rotated: Factor, d_out: int, d_in: int) -> Tensor:
     if rotated.positions == 1:  # squared entries of an outer product factor: no per-sample gradient is formed
         return d[:, 0].square().transpose(0, 1).mT @ a[:, 0].square().transpose(0, 1)
     total = d.new_zeros(d.shape[2], d_out, d_in)
-    step = min(len(d), max(1, WORKSPACE // (2 * d.element_size() * total.numel())))
+    step = max(1, min(len(d), WORKSPACE // (2 * d.element_size() * total.numel())))
     matrices = d.new_empty(step, *total.shape)  # written again and again: new memory would cost more
     for start in range(0, len(d), step):
         some = rotated[slice(start, start + step)]
@@ -511,13 +520,20 @@ def _is_diagonal(unit: Unit) -> bool:
     return unit.is_vector and unit.matrix.d_out > _MAX_VECTOR
 
 
-def _formed(problem: Problem, data: Data) -> frozenset[str]:
+def _kinds_of_rows(problem: Problem, data: Data) -> tuple[frozenset[str], frozenset[str]]:
+    """By the first sample: which gradients are smaller multiplied out, and whose products are cheap."""
     gradients = problem.gradients(*data.rows(slice(0, 1)), compact=False)
-    parts = {name: gradients.part(name, unit.matrix) for name, unit in problem.structure.units.items()}
-    units = problem.structure.units
-    return frozenset(
-        n for n, part in parts.items() if isinstance(part, Factor) and not part.is_smaller(units[n].matrix)
-    )
+    unrotated, products = set(), set()
+    for name, unit in problem.structure.units.items():
+        part, matrix = gradients.part(name, unit.matrix), unit.matrix
+        if not isinstance(part, Factor):
+            continue
+        if not part.is_smaller(matrix):
+            unrotated.add(name)
+        per_pair = matrix.groups * (matrix.d_out + (0 if part.is_one_hot else matrix.d_in))
+        if _CHEAPER * part.positions**2 * per_pair < matrix.size:
+            products.add(name)
+    return frozenset(unrotated), frozenset(products)
 
 
 def _within_tolerance(inverse: KroneckerInverse, problem: Problem, data: Data, tolerance: float) -> KroneckerInverse:
@@ -525,11 +541,14 @@ def _within_tolerance(inverse: KroneckerInverse, problem: Problem, data: Data, t
     n, some = len(data), list[GradientRows]()
     size = problem.n_parameters * problem.dtype.itemsize + problem.factor_bytes(data.rows(slice(0, 1)))
     groups = max(2, min(_TRIED, _TRIED_BYTES // size) // _NEIGHBOURS)
-    for start in range(0, n, max(_NEIGHBOURS, -(-n // groups))):
-        some.append(problem.gradients(*data.rows(slice(start, min(start + _NEIGHBOURS, n))), compact=False))
+    neighbours = max(1, min(_NEIGHBOURS, n // 2))
+    for start in range(0, n, max(neighbours, -(-n // groups))):
+        rows = problem.gradients(*data.rows(slice(start, min(start + neighbours, n))), compact=False)
+        for piece in rows.pieces:
+            check_finite(piece, "gradients", "training", start)
+        some.append(rows)
     # Of other samples: the score of one on itself would hide the errors of all others.
     tests, trains = joined(some[::2]), joined(some[1::2] or some)
-    products = {name for name, unit in inverse.units.items() if _is_product_cheap(some[0], unit)}
 
     def scores(inverse: KroneckerInverse) -> Tensor:
         left: Rows = inverse.left(tests)
@@ -537,21 +556,11 @@ def _within_tolerance(inverse: KroneckerInverse, problem: Problem, data: Data, t
 
     exact, aim = scores(inverse), tolerance * _MARGIN
     while aim > torch.finfo(exact.dtype).eps:
-        truncated = inverse.truncated(aim, products)
+        truncated = inverse.truncated(aim)
         if not torch.linalg.vector_norm(scores(truncated) - exact) > tolerance * torch.linalg.vector_norm(exact):
             return truncated
         aim /= 2
     return inverse  # nothing less than all suffices
-
-
-def _is_product_cheap(gradients: GradientRows, unit: Unit) -> bool:
-    """Whether the product of the gradients of two samples takes little beside the entries of the matrix."""
-    matrix = unit.matrix
-    part = gradients.part(unit.parameter, matrix)
-    if not isinstance(part, Factor):
-        return False
-    per_pair = matrix.groups * (matrix.d_out + (0 if part.is_one_hot else matrix.d_in))
-    return _CHEAPER * part.positions**2 * per_pair < matrix.size
 
 
 def _with_structure(problem: Problem, data: Data) -> Problem:
