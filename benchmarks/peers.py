@@ -444,7 +444,7 @@ def reference(data, model, loss, regularization, n_test, n_train):
             losses = [loss(output, drawn[:, c].reshape(some.shape)) / DRAWS**0.5 for c in range(DRAWS)]
         for one in losses:
             found = torch.autograd.grad(one, [*outputs.values()], retain_graph=True)
-            yield {name: sides(name, d) for name, d in zip(layers, found, strict=True)}
+            yield {name: sides(name, d) for name, d in zip(outputs, found, strict=True)}
 
     cov, lam = {}, {}
     for some in x.split(200):
