@@ -132,6 +132,7 @@ ONE_LABEL = {
     ),
     "ignored": (nn.CrossEntropyLoss(reduction="sum"), lambda y: y.where(y != 2, IGNORED)),
     "a class that is ignored": (nn.CrossEntropyLoss(reduction="sum", ignore_index=0), lambda y: y),
+    "a class that is ignored, mean": (nn.CrossEntropyLoss(ignore_index=0), lambda y: y.clamp(min=1)),
 }
 
 

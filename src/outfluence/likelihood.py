@@ -47,7 +47,7 @@ class Likelihood:
     leaf: int = 0
 
     def weights(self, problem: Problem, output: Any, y: Tree) -> Tensor:
-        """C of each sample: a scalar if it is the same for all; of class scores of each label, ``(n, *positions)``.
+        """The c of each sample: a scalar if it is the same for all; of class scores of each label, ``(n, *positions)``.
 
         It is zero where the loss ignores the label that is there, and whatever the loss makes of masks and weights in
         y, or of the label's class.
@@ -142,6 +142,8 @@ def find_likelihood(problem: Problem, batch: Batch) -> Likelihood:
         outputs = torch.cat([normal(n // 2, 1.0), normal(n - n // 2, 10.0)])
         with suppress(RuntimeError, IndexError, ValueError):  # of a loss that takes labels of another kind there
             actual = gradients(outputs, leaf, labels).movedim(axis, -1)
+            finite = actual.isfinite().flatten(1).all(1)  # a mean over no label that counts is not
+            actual, outputs, labels = actual[finite], outputs[finite], labels[finite]
             weights = _multiples(gradients(torch.zeros_like(outputs), leaf, labels).movedim(axis, -1), labels)
             expected = weights.unsqueeze(-1) * _minus_ones(outputs.movedim(axis, -1).softmax(-1), labels)
             largest = weights.max().item()
