@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 from functools import partial
 
 import numpy as np
@@ -286,3 +287,24 @@ def test_the_activations_of_one_sample_are_measured_alone():
     data = Data.from_arrays(torch.randn(500, 1000), torch.zeros(500, dtype=torch.int64))
     measured = Problem(model, F.cross_entropy).activation_bytes(data.rows(slice(0, 1)))
     assert 4 * 1010 <= measured <= 4 * 1010 + 200
+
+
+def test_fingerprints_see_what_is_used_of_a_module_of_the_users_and_no_more(monkeypatch, tmp_path):
+    """A module is a large thing: only what a function names in it counts."""
+    helpers = types.ModuleType("helpers_of_a_user")
+    helpers.SCALE, helpers.OTHER, helpers.inner = 2.0, 1.0, types.ModuleType("helpers_of_a_user.inner")
+    helpers.inner.SHIFT, helpers.itself, helpers.__file__ = 0.5, helpers, str(tmp_path / "helpers_of_a_user.py")
+    monkeypatch.setitem(sys.modules, "helpers_of_a_user", helpers)
+    monkeypatch.setattr(sys.modules[__name__], "_helpers", helpers, raising=False)
+
+    def loss(z, y):
+        return ((z - y) ** 2).mean() * _helpers.SCALE + _helpers.inner.SHIFT  # noqa: F821
+
+    before = fingerprint(loss)
+    helpers.OTHER = 3.0
+    assert fingerprint(loss) == before
+    helpers.SCALE = 3.0
+    scaled = fingerprint(loss)
+    assert scaled != before
+    helpers.inner.SHIFT = 0.0
+    assert fingerprint(loss) not in (before, scaled)

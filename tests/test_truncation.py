@@ -20,7 +20,7 @@ from outfluence import (
     EkfacInfluence,
     SequentialInfluenceCalculator,
 )
-from outfluence.errors import DataError, ProblemError
+from outfluence.errors import DataError, NonFiniteError, ProblemError
 from outfluence.rows import CoordinateRows
 from outfluence.solvers import kronecker
 from outfluence.solvers.truncation import truncation
@@ -97,6 +97,10 @@ def truncated(name, tolerance=0.2, cheaper=None, monkeypatch=None, **options):
 
 def by_hand(influence, train, test):
     """Scores by layer from the fitted eigenvectors and eigenvalues, and from what is kept, in numpy."""
+    return by_hand_with(influence, influence.inverse.kept, influence.inverse.constants, train, test)
+
+
+def by_hand_with(influence, kept, constants, train, test):
     inverse, scores = influence.inverse, {}
     for name, unit in inverse.units.items():
         sides = [layers.unit_rows(influence.problem.model, name, unit.bias, *data) for data in (test, train)]
@@ -105,9 +109,9 @@ def by_hand(influence, train, test):
             rotated = rows if q_out is None else np.einsum("goa,ngoi->ngai", q_out.numpy(), rows)
             rotated = rotated if q_in is None else np.einsum("ngai,gib->ngab", rotated, q_in.numpy())
             sides[i] = rotated.reshape(len(rows), -1)
-        weights = np.full(sides[0].shape[1], float(inverse.constants.get(name, 0.0)))
-        kept = inverse.kept[name].numpy()
-        weights[kept] = 1 / (inverse.eigenvalues[name].flatten().numpy()[kept] + layers.LAMBDA)
+        weights = np.full(sides[0].shape[1], float(constants.get(name, 0.0)))
+        which = kept[name].numpy()
+        weights[which] = 1 / (inverse.eigenvalues[name].flatten().numpy()[which] + layers.LAMBDA)
         layer = name.rpartition(".")[0] or "(root)"
         scores[layer] = scores.get(layer, 0) + (sides[0] * weights) @ sides[1].T
     return scores
@@ -231,3 +235,51 @@ def test_fits_and_runs_out_of_core(digits, client, tmp_path):
     other = SequentialInfluenceCalculator(influence.with_regularization(1e-2))
     with pytest.raises(DataError, match="basis"):
         other.influences(test, from_store=tmp_path / "a.zarr")
+
+
+class OverPositions(nn.Module):
+    """A network at each of any number of positions, and the mean of its outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(3, 6), nn.Linear(6, layers.CLASSES)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.first(x))).mean(1)
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.2])
+@pytest.mark.parametrize(("fitted_with", "test_with", "train_with"), [(8, 2, 30), (1, 5, 1), (30, 1, 2)])
+def test_samples_of_other_lengths_than_those_of_the_fit(tolerance, fitted_with, test_with, train_with):
+    torch.manual_seed(0)
+    model = OverPositions().double()
+    fit, test, train = (
+        (torch.randn(n, t, 3).double(), torch.randint(0, layers.CLASSES, (n,)))
+        for n, t in ((20, fitted_with), (4, test_with), (6, train_with))
+    )
+    influence = EkfacInfluence(model, True, layers.LAMBDA, fisher="exact", tolerance=tolerance).fit(fit)
+    if not tolerance:  # the same formula, with every entry kept
+        everything = {name: torch.arange(v.numel()) for name, v in influence.inverse.eigenvalues.items()}
+        expected = by_hand_with(influence, everything, {}, train, test)
+    else:
+        expected = by_hand(influence, train, test)
+    layers.assert_scores(influence.influences_by_layer(*test, *train), expected)
+
+
+def test_a_broken_label_is_named_with_a_tolerance(digits):
+    model, (x, y), _ = digits
+    loss = nn.MSELoss()
+    targets = F.one_hot(y, 10).float()
+    targets[3, 0] = float("nan")
+    influence = EkfacInfluence(model, True, 1e-3, loss=loss, tolerance=0.1)
+    with pytest.raises(NonFiniteError, match="training sample 3") as found:
+        influence.fit((x[:64], targets[:64]))
+    assert found.value.samples == (3,) or list(found.value.samples) == [3]
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 9])
+def test_few_samples_with_a_tolerance(digits, n):
+    model, (x, y), test = digits
+    exact = ekfac(model, 0).fit((x[:n], y[:n])).influences(*test, x[:n], y[:n])
+    scores = ekfac(model, 0.1).fit((x[:n], y[:n])).influences(*test, x[:n], y[:n])
+    assert float((scores - exact).norm() / exact.norm()) < 0.5

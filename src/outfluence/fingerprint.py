@@ -83,8 +83,11 @@ def _feed(thing: Any, digest: Any, seen: dict[int, Any]) -> None:  # noqa: PLR09
         return write(f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', thing.__name__)};")
     if isinstance(thing, FunctionType):
         cells = [cell.cell_contents for cell in thing.__closure__ or ()]
-        named = {name: thing.__globals__[name] for name in _global_names(thing.__code__) if name in thing.__globals__}
+        names = [name for name in _global_names(thing.__code__) if name in thing.__globals__]
+        named = {name: _used(thing.__globals__[name], _attribute_names(thing.__code__)) for name in names}
         return each((thing.__code__, thing.__defaults__, thing.__kwdefaults__, cells, named))
+    if isinstance(thing, ModuleType):
+        return write(f"module {thing.__name__};")
     if isinstance(thing, type):
         # By its name alone: __main__.Net in a script is script.Net in a notebook.
         write(f"class {thing.__qualname__};")
@@ -117,6 +120,19 @@ def _is_library(thing: Any) -> bool:
     module = getattr(thing, "__name__" if isinstance(thing, ModuleType) else "__module__", None) or "builtins"
     file = getattr(sys.modules.get(module.partition(".")[0]), "__file__", None)
     return module != "__main__" and (file is None or file.startswith(_LIBRARIES))
+
+
+def _used(value: Any, names: Iterable[str]) -> Any:
+    """Of a module of the user's what a function takes from it; anything else as it is."""
+    if not isinstance(value, ModuleType) or _is_library(value):
+        return value
+    inside = vars(value)
+    return {name: _used(inside[name], [other for other in names if other != name]) for name in names if name in inside}
+
+
+def _attribute_names(code: CodeType) -> list[str]:
+    inner = [name for const in code.co_consts if isinstance(const, CodeType) for name in _attribute_names(const)]
+    return sorted({*code.co_names, *inner})
 
 
 def _global_names(code: CodeType) -> list[str]:
