@@ -19,7 +19,9 @@ from outfluence import (
     DaskInfluenceCalculator,
     EkfacInfluence,
     SequentialInfluenceCalculator,
+    factors,
 )
+from outfluence import problem as problem_module
 from outfluence.errors import DataError, NonFiniteError, ProblemError
 from outfluence.rows import CoordinateRows
 from outfluence.solvers import kronecker
@@ -283,3 +285,21 @@ def test_few_samples_with_a_tolerance(digits, n):
     exact = ekfac(model, 0).fit((x[:n], y[:n])).influences(*test, x[:n], y[:n])
     scores = ekfac(model, 0.1).fit((x[:n], y[:n])).influences(*test, x[:n], y[:n])
     assert float((scores - exact).norm() / exact.norm()) < 0.5
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.2])
+@pytest.mark.parametrize("name", layers.MODELS)
+def test_pieces_do_not_matter(name, tolerance, monkeypatch):
+    """Batches through the model, stripes of covariances and entries of a few samples at a time, all of them tiny."""
+    whole, train, test = truncated(name, tolerance)
+    monkeypatch.setattr(problem_module, "_NUMBERS", 1)
+    monkeypatch.setattr(problem_module, "_FEWEST", 3)
+    monkeypatch.setattr(kronecker, "_STRIPE", 2)
+    monkeypatch.setattr(factors, "_NEAR", 1)
+    pieces, _, _ = truncated(name, tolerance)
+    assert pieces.problem.batch_size == 3
+    for unit, values in whole.inverse.eigenvalues.items():
+        assert torch.allclose(pieces.inverse.eigenvalues[unit], values, rtol=1e-6, atol=1e-9 * float(values.max()))
+    scores = whole.influences(*test, *train)
+    again = pieces.influences(*test, *train)
+    assert float((again - scores).norm()) <= 1e-6 * float(scores.norm())
