@@ -148,11 +148,11 @@ def layer_moments(model, layer, x, labels, weights):
     return rows
 
 
-def kronecker_matrix(model, layer, x, labels, weights, update_diagonal):
+def kronecker_matrix(model, layer, x, labels, weights, second=None):
     """(P_layer, P_layer) in the order of vec(W) row by row, bias as last column: K-FAC or EK-FAC, dense.
 
     K-FAC: G (x) A, G = sum_nt d d^T / N, A = sum_nt a a^T / (N T). EK-FAC (George et al. 2018): its Kronecker
-    eigenbasis U, and the diagonal E[(U^T vec(D^T A))^2].
+    eigenbasis U, and the diagonal E[(U^T vec(D^T A))^2] at the labels `second`.
     """
     model = copy.deepcopy(model) if layer is model else model
     rows, n = layer_moments(model, layer, x, labels, weights), len(x)
@@ -160,8 +160,9 @@ def kronecker_matrix(model, layer, x, labels, weights, update_diagonal):
     a_cov = sum(a.T @ a / len(a) for a, _, _ in rows) / (n * per_label)
     g_cov = sum(w * d.T @ d for _, d, w in rows) / n
     kfac = np.kron(g_cov, a_cov)
-    if not update_diagonal:
+    if second is None:
         return kfac
+    rows = layer_moments(model, layer, x, second, weights)
     basis = np.kron(np.linalg.eigh(g_cov)[1], np.linalg.eigh(a_cov)[1])
     diagonal = sum(w * (basis.T @ (d.T @ a).reshape(-1)) ** 2 for a, d, w in rows) / n
     return basis @ np.diag(diagonal) @ basis.T

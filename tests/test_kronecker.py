@@ -45,7 +45,7 @@ def over_positions():
 PROBLEMS = {"mlp": mlp, "positions": over_positions}
 
 
-def labels_and_weights(model, train, fisher, seed=0):
+def labels_and_weights(model, train, fisher, seed=0, stream=0):
     """The labels that each kind of Fisher takes its gradients at, (n, k), and what each weighs."""
     x, y = train
     probabilities = model(x).softmax(1).detach()
@@ -53,7 +53,7 @@ def labels_and_weights(model, train, fisher, seed=0):
         return y[:, None], torch.ones(len(x), 1)
     if fisher == "exact":
         return torch.arange(3).expand(len(x), 3), probabilities
-    below = probabilities.numpy().cumsum(1) < uniform_draws(seed, 0, len(x))
+    below = probabilities.numpy().cumsum(1) < uniform_draws(seed, 0, len(x), stream=stream)
     return torch.from_numpy(below.sum(1))[:, None], torch.ones(len(x), 1)
 
 
@@ -61,9 +61,9 @@ def reference_by_layer(model, train, test, fisher, update_diagonal, right):
     for name, layer in model.named_modules():
         if not isinstance(layer, nn.Linear):
             continue
-        matrix = reference.kronecker_matrix(
-            model, layer, train[0], *labels_and_weights(model, train, fisher), update_diagonal
-        )
+        # Other labels are drawn for the eigenvalues than for the eigenvectors.
+        second = labels_and_weights(model, train, fisher, stream=1)[0] if update_diagonal else None
+        matrix = reference.kronecker_matrix(model, layer, train[0], *labels_and_weights(model, train, fisher), second)
         names = [f"{name}.{p}" for p, _ in layer.named_parameters()]
         rows = [
             reference.bias_last(reference.gradients(model, F.cross_entropy, *data, names), *layer.weight.shape)
@@ -154,6 +154,7 @@ def test_draws_depend_on_seed_and_index_only():
     assert np.array_equal(np.concatenate([uniform_draws(5, 0, 13, 6), uniform_draws(5, 13, 1000, 6)]), wide)
     assert np.abs(np.corrcoef(wide.T) - np.eye(6)).max() < 0.15
     assert not np.array_equal(uniform_draws(6, 0, 10_000), whole)
+    assert not np.array_equal(uniform_draws(5, 0, 10_000, stream=1), whole)
 
 
 def test_frozen_parts_are_left_out():
@@ -316,10 +317,10 @@ def test_losses_are_recognised_however_they_are_written(loss, family, scale, dty
     assert likelihood.scale == pytest.approx(scale, rel=1e-5)
 
 
-def kinds(name, x, z, y, fisher):
+def kinds(name, x, z, y, fisher, stream=0):
     """Labels and factors, (n, k) lists, whose gradients' outer products add up to the Fisher of the loss."""
     n, d = z.shape
-    u = torch.from_numpy(uniform_draws(0, 0, n, d))
+    u = torch.from_numpy(uniform_draws(0, 0, n, d, stream))
     if fisher == "empirical":
         return [(y, 1.0)]
     if fisher == "sampled":
@@ -355,17 +356,23 @@ def test_other_losses_equal_the_dense_kronecker_formulas(name, fisher, update_di
         a = x if layer == "0" else case.model[:2](x).detach()
         a = torch.cat([a, torch.ones(24, 1).double()], dim=1).numpy()
         names = [f"{layer}.weight", f"{layer}.bias"]
-        matrices = []
-        for labels, weight in kinds(name, x, z, y, fisher):
-            # Gradients of the bias are the output gradients.
-            g = reference.gradients(case.model, case.loss, x, labels, [f"{layer}.bias"])
-            matrices.append((g, np.broadcast_to(np.asarray(weight, dtype=float), (24,))))
+        # Gradients of the bias are the output gradients.
+        matrices, others = (
+            [
+                (
+                    reference.gradients(case.model, case.loss, x, labels, [f"{layer}.bias"]),
+                    np.broadcast_to(np.asarray(weight, dtype=float), (24,)),
+                )
+                for labels, weight in kinds(name, x, z, y, fisher, stream)
+            ]
+            for stream in (0, 1)
+        )
         a_cov = a.T @ a / 24
         g_cov = sum((g * w[:, None]).T @ g for g, w in matrices) / 24
         expected = np.kron(g_cov, a_cov)
         if update_diagonal:
             basis = np.kron(np.linalg.eigh(g_cov)[1], np.linalg.eigh(a_cov)[1])
-            rows = [(np.einsum("ni,nj->nij", g, a).reshape(24, -1), w) for g, w in matrices]
+            rows = [(np.einsum("ni,nj->nij", g, a).reshape(24, -1), w) for g, w in others]
             diagonal = sum((w[:, None] * (r @ basis) ** 2).sum(0) for r, w in rows) / 24
             expected = basis @ np.diag(diagonal) @ basis.T
         left, right = (

@@ -189,9 +189,9 @@ def pseudo_problem(problem: Problem) -> Problem:
     return replace(problem, loss=_inner, block_structure=problem.blocks)
 
 
-def draws(seed: int, start: int, z: Tensor, likelihood: Likelihood) -> Tensor:
+def draws(seed: int, start: int, z: Tensor, likelihood: Likelihood, stream: int = 0) -> Tensor:
     """Random numbers for the labels of the samples from ``start`` on, whose outputs are z; see `uniform_draws`."""
-    numbers = uniform_draws(seed, start, start + len(z), likelihood.n_draws(z))
+    numbers = uniform_draws(seed, start, start + len(z), likelihood.n_draws(z), stream)
     return torch.from_numpy(numbers).to(z.device)
 
 

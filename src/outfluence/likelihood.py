@@ -182,13 +182,13 @@ def the_tensor(output: Any) -> Tensor:
     return tensors[0]
 
 
-def uniform_draws(seed: int, start: int, stop: int, width: int = 1) -> np.ndarray:
+def uniform_draws(seed: int, start: int, stop: int, width: int = 1, stream: int = 0) -> np.ndarray:
     """Uniform numbers in (0, 1) for samples ``start`` to ``stop - 1``: float64 ``(n, width)``, from a counter.
 
-    A sample's numbers depend on the seed and its index only, so that batches, chunks and workers do not matter
-    (Philox, Salmon et al. 2011; a step of its counter gives four words).
+    A sample's numbers depend on the seed, the stream and its index only, so that batches, chunks and workers do not
+    matter (Philox, Salmon et al. 2011; a step of its counter gives four words).
     """
-    bits, steps = np.random.Philox(key=seed), -(-width // 4)
+    bits, steps = np.random.Philox(key=seed + (stream << 64)), -(-width // 4)
     bits.advance(start * steps)
     words = bits.random_raw(4 * steps * (stop - start)).reshape(stop - start, 4 * steps)[:, :width]
     return ((words >> np.uint64(12)) + 0.5) * 2.0**-52

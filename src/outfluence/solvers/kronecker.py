@@ -222,8 +222,10 @@ class MomentSum:
         z = the_tensor(output)
         weights = self.likelihood.weights(self.problem, output, self.problem.on_device(batch.y)).detach()
         if self.fisher is FisherMode.SAMPLED:
-            s = self.likelihood.sampled(z.detach(), draws(self.seed, start, z, self.likelihood), weights)
-            yield z, s
+            # Other labels for the eigenvalues than for the eigenvectors: along those of the same labels they would be
+            # too large where they are large, and too small where they are small.
+            uniform = draws(self.seed, start, z, self.likelihood, stream=int(self.vectors is not None))
+            yield z, self.likelihood.sampled(z.detach(), uniform, weights)
             return
         for s in self.likelihood.expected(z.detach(), weights):
             yield z, s
