@@ -37,8 +37,9 @@ ROOT = "(root)"
 
 #: Bytes of the largest model that is copied to float64 to compare gradients there.
 _LARGEST_COPY = 64 << 20
-#: Most samples, and most directions, that are computed at once; more are taken in turns. Of samples so few that the
-#: inputs and outputs of the layers are about so many numbers: more would not stay near the processor.
+#: Most samples, and most directions, that are computed at once; more are taken in turns. Of samples so few that what
+#: is kept of them (inputs and outputs of the layers, dense gradients) is about so many numbers: more would not stay near
+#: the processor, and take new memory each time.
 SAMPLES, _NUMBERS, _FEWEST = 256, 1 << 23, 8
 DIRECTIONS = 16
 
@@ -199,8 +200,9 @@ class Problem:
 
     @property
     def batch_size(self) -> int:
-        """How many samples go through the model at once, where the layers' inputs and outputs are kept."""
-        return max(_FEWEST, min(SAMPLES, _NUMBERS // max(1, self.structure.numbers)))
+        """How many samples go through the model at once."""
+        sizes = {name: p.numel() for name, p in self.parameters.items()}
+        return _at_once(self.structure.numbers + 2 * sum(sizes[name] for name in self.structure.dense))
 
     def in_batches(self, batch: Batch) -> list[Batch]:
         """Samples in batches of that size."""
@@ -320,7 +322,14 @@ class Problem:
         def loss(block: Mapping[str, Tensor], one_x: Tree, one_y: Tree) -> Tensor:
             return self.sample_loss(parameters | dict(block), one_x, one_y)
 
-        return self.flatten(self._per_sample(grad(loss), x, y)(chosen, x, y), chosen)
+        of_batch = self._per_sample(grad(loss), x, y)
+        n, size = len(tree_leaves((x, y))[0]), sum(p.numel() for p in chosen.values())
+        rows, step = next(iter(chosen.values())).new_empty(n, size), _at_once(2 * size)
+        for start in range(0, n, step):  # into memory that is there: new memory would cost more than the gradients
+            part = partial(_at, slice(start, start + step))
+            gradients = of_batch(chosen, tree_map(part, x), tree_map(part, y))
+            torch.cat([gradients[name].flatten(1) for name in chosen], dim=1, out=rows[start : start + step])
+        return rows
 
     def mixed_derivatives(self, directions: Tensor, x: Tree, y: Tree) -> Tensor:
         """Derivatives with respect to the features of directional derivatives with respect to the parameters.
@@ -556,6 +565,11 @@ def _differences(problem: Problem, batch: Batch) -> dict[str, tuple[float, float
             difference, scale = float((got - whole).abs().amax()), float(whole.abs().amax())
             found[name] = max(found[name][0], difference), max(found[name][1], scale)
     return found
+
+
+def _at_once(numbers: int) -> int:
+    """How many samples are computed at once, if so many numbers are kept of one."""
+    return max(_FEWEST, min(SAMPLES, _NUMBERS // max(1, numbers)))
 
 
 def _plain(tree: Tree) -> Tree:
