@@ -222,16 +222,17 @@ def labels_of(model, train, fisher, seed=0, stream=0):
 def moments_by_hand(model, train, labels, weights, reduce=False):
     """``A`` and ``G`` by unit, ``(groups, d, d)``: sums over samples, labels, uses and positions, one at a time.
 
-    Reduced: of the mean of inputs and of the sum of output gradients over all uses and positions.
+    Of several positions those whose gradients are zero at all labels do not count. Reduced: of the mean of inputs and
+    of the sum of output gradients over all uses and positions.
     """
-    inputs, outputs, positions = {}, {}, {}
+    inputs, outputs, counts = {}, {}, {}
     for i in range(N):
+        of_sample = {}
         for label, weight in zip(labels[i], weights[i], strict=True):
             z, uses = model.by_hand(train[0][i : i + 1])
             assert torch.allclose(z, model(train[0][i : i + 1]), rtol=1e-12, atol=1e-12)
             loss = F.cross_entropy(z, label.reshape(1))
             for name, ways in uses.items():
-                positions[name] = 1 if reduce else sum(len(way[-1]) for way in ways)
                 together = [[], []]
                 for *swapped, a, out in ways:
                     (gradient,) = torch.autograd.grad(loss, out, retain_graph=True)
@@ -239,16 +240,23 @@ def moments_by_hand(model, train, labels, weights, reduce=False):
                     assert not swapped or len(labels[i]) == 1
                     for side, rows in zip(together, reversed(sides) if swapped else sides, strict=True):
                         side += list(rows)
-                if reduce:
-                    together = [[np.mean(together[0], axis=0)], [np.sum(together[1], axis=0)]]
-                for of_inputs, of_outputs in zip(*together, strict=True):
-                    first, second = (np.stack([np.outer(v, v) for v in side]) for side in (of_inputs, of_outputs))
-                    inputs[name] = inputs.get(name, 0) + first / len(labels[i])
-                    outputs[name] = outputs.get(name, 0) + weight * second
+                of_sample.setdefault(name, []).append((*together, weight))
+        for name, of_labels in of_sample.items():
+            a = np.stack(of_labels[0][0])
+            alive = np.any([np.any(np.stack(d), axis=(1, 2)) for _, d, _ in of_labels], axis=0)
+            a = a[alive] if len(a) > 1 else a
+            if reduce:
+                a = a.mean(0, keepdims=True)
+            inputs[name] = inputs.get(name, 0) + sum(np.stack([np.outer(v, v) for v in place]) for place in a)
+            counts[name] = counts.get(name, 0) + len(a)
+            for _, d, weight in of_labels:
+                places = [np.sum(d, axis=0)] if reduce else d
+                moments = sum(np.stack([np.outer(v, v) for v in place]) for place in places)
+                outputs[name] = outputs.get(name, 0) + weight * moments
     if reduce and isinstance(model, Tokens):  # the A of an embedding is taken to be diagonal
         for name in ("embed.weight", "pos.weight"):
             inputs[name] = inputs[name] * np.eye(inputs[name].shape[-1])
-    return {name: (inputs[name] / (N * positions[name]), outputs[name] / N) for name in inputs}
+    return {name: (inputs[name] / counts[name], outputs[name] / N) for name in inputs}
 
 
 @cache
@@ -470,3 +478,40 @@ def test_restored_from_its_tensors(name):
     again = influence.unfitted().restore(train, tensors)
     assert torch.equal(again.influences(*test, *train), influence.influences(*test, *train))
     assert torch.equal(again.self_influences(*train), influence.self_influences(*train))
+
+
+class Padded(nn.Module):
+    """Attention among words that are not padding, with class scores at each."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.attn = nn.Embedding(9, 4), nn.MultiheadAttention(4, 2, batch_first=True)
+        self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, CLASSES)
+
+    def forward(self, words, padding):
+        h = self.embed(words)
+        h = h + self.attn(h, h, h, key_padding_mask=padding, need_weights=False)[0]
+        return self.head(torch.tanh(self.norm(h))).transpose(1, 2)
+
+
+@pytest.mark.parametrize("options", [{}, {"update_diagonal": True}, {"weight_sharing": "reduce"}], ids=str)
+def test_padding_changes_nothing(options):
+    torch.manual_seed(7)
+    model, lengths = Padded().double().eval(), torch.tensor([5, 2, 4, 1, 3, 5])
+    words, labels = torch.randint(0, 9, (6, 5)), torch.randint(0, CLASSES, (6, 5))
+
+    def padded_to(length):
+        padding = torch.arange(length) >= lengths[:, None]
+        others = torch.randint(0, 9, (6, length))  # what is in the padding should not matter
+        x = torch.where(padding, others, F.pad(words, (0, length - 5)))
+        return {"words": x, "padding": padding}, F.pad(labels, (0, length - 5)).masked_fill(padding, -100)
+
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    scores = []
+    for length in (5, 5, 8):
+        data = padded_to(length)
+        influence = EkfacInfluence(model, hessian_regularization=1e-3, loss=loss, fisher="exact", **options)
+        scores.append(influence.fit(data).influences(*data))
+    assert not torch.equal(padded_to(5)[0]["words"], padded_to(5)[0]["words"])
+    for other in scores[1:]:
+        assert torch.allclose(other, scores[0], rtol=1e-9, atol=1e-9 * float(scores[0].abs().max()))

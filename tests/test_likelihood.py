@@ -179,13 +179,14 @@ def test_ekfac_of_labels_at_positions_equals_the_dense_formula(name):
     influence = EkfacInfluence(model, True, 0.05, loss=loss, fisher="exact").fit((x, y))
     a = torch.cat([torch.tanh(model.first(x)), torch.ones(N, POSITIONS, 1).double()], dim=2).detach().numpy()
     z = model(x).detach()
-    covariance = np.einsum("nti,ntj->ij", a, a) / (N * POSITIONS)
-    of_outputs, fisher = 0, 0
+    of_outputs, fisher, of_inputs, count = 0, 0, 0, 0
     for i in range(N):
         h = hessian(loss, z, y, i).numpy().reshape(POSITIONS, CLASSES, POSITIONS, CLASSES)
+        counting = a[i][h.any((1, 2, 3))]  # a position whose label is ignored adds nothing
+        of_inputs, count = of_inputs + counting.T @ counting, count + len(counting)
         of_outputs = of_outputs + np.einsum("tctd->cd", h) / N
         fisher = fisher + np.einsum("tcsd,ti,sj->cidj", h, a[i], a[i]) / N
-    basis = np.kron(np.linalg.eigh(of_outputs)[1], np.linalg.eigh(covariance)[1])
+    basis = np.kron(np.linalg.eigh(of_outputs)[1], np.linalg.eigh(of_inputs / count)[1])
     size = CLASSES * a.shape[2]
     eigenvalues = np.diag(basis.T @ fisher.reshape(size, size) @ basis)
     gradients = []

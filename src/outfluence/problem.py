@@ -38,8 +38,8 @@ ROOT = "(root)"
 #: Bytes of the largest model that is copied to float64 to compare gradients there.
 _LARGEST_COPY = 64 << 20
 #: Most samples, and most directions, that are computed at once; more are taken in turns. Of samples so few that what
-#: is kept of them (inputs and outputs of the layers, dense gradients) is about so many numbers: more would not stay near
-#: the processor, and take new memory each time.
+#: is kept of them (inputs and outputs of the layers, dense gradients) is about so many numbers: more would not stay
+#: near the processor, and take new memory each time.
 SAMPLES, _NUMBERS, _FEWEST = 256, 1 << 23, 8
 DIRECTIONS = 16
 

@@ -4,8 +4,9 @@ For a linear layer with inputs a (a one appended for the bias) and output gradie
 ``sum_t d_t a_t^T`` over its T positions; so it is for a convolution (positions of its output; a matrix for each group)
 and an embedding (a has a single one). K-FAC (Martens & Grosse 2015) takes the Fisher of a layer to be
 ``E[d d^T] (x) E[a a^T]``; with positions, ``G = sum_nt d d^T / N`` and ``A = sum_nt a a^T / (N T)`` ("expand",
-Eschenhagen et al. 2023). EK-FAC (George et al. 2018) keeps the eigenvectors and replaces the products of eigenvalues
-by the second moments of the gradients in that basis, which are exact. The A of an embedding is diagonal. The parameters
+Eschenhagen et al. 2023), where a position without any output gradient, such as masked padding, does not count: it adds
+nothing to the Fisher. EK-FAC (George et al. 2018) keeps the eigenvectors and replaces the products of eigenvalues by
+the second moments of the gradients in that basis, which are exact. The A of an embedding is diagonal. The parameters
 of a normalisation, and a bias alone, are a matrix of one column, whose a is one: their block of the Fisher is exact
 (of vectors of more than a thousand entries its diagonal is).
 
@@ -102,7 +103,7 @@ class KroneckerSolver:
         sums = data.total(moments, "covariances" if self.progress else None)
         bases = {}
         for name, unit in problem.structure.units.items():
-            out, inputs = sums[f"out/{name}"] / len(data), sums[f"in/{name}"] / len(data)
+            out, inputs = sums[f"out/{name}"] / len(data), sums[f"in/{name}"] / sums[f"positions/{name}"].clamp(min=1)
             bases[name] = (
                 (out, None) if _is_diagonal(unit) else _eigh(out),
                 (inputs, None) if unit.kind == "one_hot" else _eigh(inputs),
@@ -147,7 +148,8 @@ class MomentSum:
         seed: of the sampled labels.
         sharing: what the covariances take of several positions.
         vectors: by unit eigenvectors ``(Q_out, Q_in)``. With them the sums are the second moments of gradients in
-            their basis, ``(groups, d_out, d_in)`` by unit; without, the covariances ``out/UNIT`` and ``in/UNIT``.
+            their basis, ``(groups, d_out, d_in)`` by unit; without, the covariances ``out/UNIT`` and ``in/UNIT``, and
+            ``positions/UNIT``, how many positions the latter are of.
     """
 
     problem: Problem
@@ -172,8 +174,8 @@ class MomentSum:
 
     def _of(self, batch: Batch, start: int) -> dict[str, Tensor]:
         recording, sums = self.problem.record(batch.x), dict[str, Tensor]()
+        inputs, counting = dict[str, Factor](), dict[str, Tensor]()
         for loss, along in self._labelled(recording.output, batch, start):
-            first = not sums
             for name, factor in recording.factors(loss, along).items():
                 check_finite(factor.inputs, f"inputs of layer {self._block(name)!r}", "training", start)
                 check_finite(factor.gradients, f"output gradients of layer {self._block(name)!r}", "training", start)
@@ -181,13 +183,15 @@ class MomentSum:
                     rotated = _rotated(factor, *self.vectors[name])
                     add_to(sums, {name: _second_moments(rotated, *self._shape(name))})
                     continue
-                if self.sharing is WeightSharing.REDUCE:
-                    factor = self._reduced(name, factor)  # noqa: PLW2901 - one position now
-                d = factor.gradients
+                if factor.positions > 1:
+                    some = factor.gradients.flatten(2).any(2)
+                    counting[name] = counting[name] | some if name in counting else some
+                inputs[name] = factor
+                d = factor.gradients.sum(1, keepdim=True) if self._is_reduced else factor.gradients
                 is_diagonal = _is_diagonal(self.problem.structure.units[name])
                 add_to(sums, {f"out/{name}": d.square().sum((0, 1)) if is_diagonal else _covariance(d)})
-                if first:
-                    sums[f"in/{name}"] = self._of_inputs(name, factor)
+        for name, factor in inputs.items():
+            sums[f"in/{name}"], sums[f"positions/{name}"] = self._of_inputs(name, factor, counting.get(name))
         return sums
 
     def _block(self, name: str) -> str:
@@ -197,22 +201,38 @@ class MomentSum:
         matrix = self.problem.structure.units[name].matrix
         return matrix.d_out, matrix.d_in
 
-    def _reduced(self, name: str, factor: Factor) -> Factor:
-        """One position: the sum of output gradients, and the mean of inputs."""
-        d, a = factor.gradients.sum(1, keepdim=True), factor.inputs
-        if not factor.is_one_hot:
-            return Factor(d, a.mean(1, keepdim=True))
-        ones = d.new_full((), 1 / factor.positions).expand(a.shape)
-        means = d.new_zeros(len(a), self._shape(name)[1]).scatter_add_(1, a, ones)
-        return Factor(d, means[:, None, None])
+    @property
+    def _is_reduced(self) -> bool:
+        return self.sharing is WeightSharing.REDUCE
 
-    def _of_inputs(self, name: str, factor: Factor) -> Tensor:
-        if factor.is_one_hot:
-            counts = torch.bincount(factor.inputs.flatten(), minlength=self._shape(name)[1])
-            return counts.to(factor.gradients.dtype)[None] / factor.positions
-        if self.problem.structure.units[name].kind == "one_hot":  # reduced; its A is kept diagonal
-            return factor.inputs.square().sum((0, 1))
-        return _covariance(factor.inputs) / factor.positions
+    def _of_inputs(self, name: str, factor: Factor, counting: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The sum of outer products of inputs, or of their means, and of how many.
+
+        Args:
+            name: of the unit.
+            factor: its gradients.
+            counting: positions that count, ``(n, T)``; None: all.
+        """
+        a, d, is_one_hot = factor.inputs, factor.gradients, factor.is_one_hot
+        if counting is None or counting.all():
+            counting = None
+        n_positions = a.shape[0] * a.shape[1] if counting is None else int(counting.sum())
+        if self._is_reduced and factor.positions > 1:
+            n_positions = len(a)
+            weights = d.new_ones(a.shape[:2]) if counting is None else counting.to(d.dtype)
+            weights /= weights.sum(1, keepdim=True).clamp(min=1)
+            if is_one_hot:
+                a = d.new_zeros(len(a), self._shape(name)[1]).scatter_add_(1, a, weights)[:, None, None]
+            else:
+                a = torch.einsum("nt,ntgi->ngi", weights, a)[:, None]
+        elif counting is not None:
+            a = a[counting][:, None]
+        total = d.new_tensor([n_positions])
+        if not a.is_floating_point():
+            return torch.bincount(a.flatten(), minlength=self._shape(name)[1]).to(d.dtype)[None], total
+        if is_one_hot:  # reduced; its A is kept diagonal
+            return a.square().sum((0, 1)), total
+        return _covariance(a), total
 
     def _labelled(self, output: Any, batch: Batch, start: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """For each set of labels a function whose gradients' second moments add up to the Fisher, and along what."""
