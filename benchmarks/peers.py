@@ -448,11 +448,15 @@ def reference(data, model, loss, regularization, n_test, n_train):
 
     cov, lam = {}, {}
     for some in x.split(200):
-        for c, factors in enumerate(per_label(some)):
-            for name, (a, d) in factors.items():
+        counting = {}
+        for factors in per_label(some):
+            for name, (_, d) in factors.items():
                 s = cov.setdefault(name, [0, 0])
                 s[0] = s[0] + torch.einsum("nto,ntp->op", d, d)
-                s[1] = s[1] + (torch.einsum("nti,ntj->ij", a, a) if c == 0 else 0)
+                counting[name] = counting.get(name, False) | d.any(-1)
+        for name, (a, _) in factors.items():
+            some_a = a[counting[name]] if a.shape[1] > 1 else a[:, 0]
+            cov[name][1] = cov[name][1] + some_a.T @ some_a
     q = {name: [torch.linalg.eigh(s)[1] for s in pair] for name, pair in cov.items()}
     for some in x.split(200):
         for factors in per_label(some):
