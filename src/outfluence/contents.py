@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from outfluence.arithmetic import precision_asked
 from outfluence.data import Data, to_numpy
 from outfluence.errors import StoreError
 from outfluence.influence import InfluenceModel
@@ -138,7 +139,8 @@ def _made_now() -> dict[str, Any]:
 
 def fit_identity(model: InfluenceModel, data: Data) -> dict[str, Any]:
     """What the numbers of a fit depend on."""
-    return model.identity_on(data) | {"results": "fit", "versions": major_versions()}
+    of_fit = {"results": "fit", "precision": precision_asked(), "versions": major_versions()}
+    return model.identity_on(data) | of_fit
 
 
 def keep_inverse(store: Store, tensors: Mapping[str, torch.Tensor]) -> None:

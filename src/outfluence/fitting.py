@@ -20,6 +20,7 @@ import torch
 from dask.utils import format_bytes
 from torch import Tensor
 
+from outfluence.arithmetic import float32_products
 from outfluence.data import BATCH_SIZE, Data, Statistic, add_to, tree_leaves
 from outfluence.errors import PlanError, RunError, StoreError
 from outfluence.executors import Executor
@@ -204,7 +205,7 @@ def sum_task(
     if finished is not None:
         return finished
     record, samples, sums = Record(store, job.baseline_bytes), stage.samples(task), dict[str, Tensor]()
-    with torch.enable_grad():
+    with torch.enable_grad(), float32_products(job.model.problem.device, job.precision):
         if level == 0:
             statistic = _statistic(job, pass_.name)
             for start, batch in record.each("read", job.inputs[role].enumerate(pass_.batch_size, samples)):

@@ -12,14 +12,16 @@ score: weighting the training sample up lowers the loss of the test sample (Koh 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Self, final
+from functools import wraps
+from typing import Any, Self, TypeVar, cast, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from outfluence.arithmetic import float32_products
 from outfluence.data import Batch, Data, DataLike, Tree, tree_leaves, tree_map
 from outfluence.errors import DataError, NotFittedError, OutfluenceError, ProblemError
 from outfluence.modes import BlockMode, FisherMode, InfluenceMode, SecondOrderMode, WeightSharing
@@ -34,6 +36,20 @@ from outfluence.solvers.kronecker import KroneckerSolver
 from outfluence.solvers.lowrank import ArnoldiSolver, NystroemSolver
 
 Blocks = Mapping[str, Iterable[str]]
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _computed(method: _Method) -> _Method:
+    """With the arithmetic of the model's device; see `float32_products`."""
+
+    @wraps(method)
+    def computed(model: Any, *args: Any, **kwargs: Any) -> Any:
+        with float32_products(model.problem.device):
+            return method(model, *args, **kwargs)
+
+    return cast(_Method, computed)
 
 
 class InfluenceModel:
@@ -57,6 +73,7 @@ class InfluenceModel:
         self._fitted_on: dict[str, Any] = {}
         self._versions: list[tuple[int, int]] = []
 
+    @_computed
     def fit(self, data: DataLike) -> Self:
         """Fit the inverse on training data.
 
@@ -190,6 +207,7 @@ class InfluenceModel:
         other._inverse = inverse
         return other
 
+    @_computed
     def influence_factors(self, x: Tree, y: Tree) -> Tensor:
         """Influence factors ``g^T (H + lambda 1)^-1`` of samples: ``(n, P)``.
 
@@ -198,10 +216,12 @@ class InfluenceModel:
         """
         return self.dense(self.left_rows(x, y)).values
 
+    @_computed
     def influence_factors_by_block(self, x: Tree, y: Tree) -> dict[str, Tensor]:
         """Influence factors of each block, in order: ``(n, P_block)``."""
         return self.dense(self.left_rows(x, y)).by_block()
 
+    @_computed
     def influences(
         self,
         x_test: Tree,
@@ -225,6 +245,7 @@ class InfluenceModel:
         x, y = _same_if_none(x_test, y_test, x, y)
         return self._influences(self.left_rows(x_test, y_test), x, y, mode)
 
+    @_computed
     def influences_by_block(
         self,
         x_test: Tree,
@@ -237,12 +258,14 @@ class InfluenceModel:
         x, y = _same_if_none(x_test, y_test, x, y)
         return self._influences_by_block(self.left_rows(x_test, y_test), x, y, mode)
 
+    @_computed
     def influences_from_factors(
         self, factors: Tensor, x: Tree, y: Tree, mode: InfluenceMode | str = InfluenceMode.Up
     ) -> Tensor:
         """Influences from factors ``(n_test, P)`` computed before."""
         return self._influences(self.as_rows(factors), x, y, mode)
 
+    @_computed
     def influences_from_factors_by_block(
         self, factors: Mapping[str, Tensor], x: Tree, y: Tree, mode: InfluenceMode | str = InfluenceMode.Up
     ) -> dict[str, Tensor]:
@@ -252,6 +275,7 @@ class InfluenceModel:
         rows = self.as_rows(torch.cat([torch.as_tensor(f) for f in factors.values()], dim=1))
         return self._influences_by_block(rows, x, y, mode)
 
+    @_computed
     def self_influences(self, x: Tree, y: Tree) -> Tensor:
         """Influence of each sample on itself, ``g^T (H + lambda 1)^-1 g``: ``(n,)``."""
         selves = self.inverse.quadratic(self.gradient_rows(x, y, "training"))

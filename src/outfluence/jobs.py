@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from outfluence.arithmetic import precision_asked
 from outfluence.curvature import VECTORS
 from outfluence.data import Data, DataLike, tree_leaves
 from outfluence.errors import DataError, RunError, StoreError
@@ -88,6 +89,7 @@ class Job:
         store: where the results go.
         store_id: of that store.
         threads: that torch is to use; None: as it is.
+        precision: of products of float32 matrices; see `precision_asked`.
         baseline_bytes: what the process took before.
         test_gradients: of no test samples: what they consist of; None where there are only factors.
         train_gradients: of no training samples; None where there are only gradients that were kept.
@@ -104,6 +106,7 @@ class Job:
     store: Path | None = None
     store_id: str = ""
     threads: int | None = None
+    precision: str = field(default_factory=precision_asked)
     baseline_bytes: int = 0
     test_gradients: GradientRows | None = None
     train_gradients: GradientRows | None = None
@@ -155,6 +158,7 @@ class Job:
             "mode": str(self.mode),
             "results": self.wanted.identity(),
             "dtype": numpy_name(self.model.problem.dtype),
+            "precision": self.precision,
             "versions": major_versions(),
         }
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from outfluence.analysis import first_of
+from outfluence.arithmetic import float32_products
 from outfluence.data import to_numpy, tree_map
 from outfluence.errors import ClusterError, ConvergenceWarning, DataError, StoreError
 from outfluence.executors import KILLED, profile_worker
@@ -121,7 +122,8 @@ def run_task(job: Job, stage: str, missing: Sequence[int], task: int, attempt: i
     if missing:  # a run that went on meanwhile may have them
         there = store.done("factors")
         missing = [tile.start for i, tile in enumerate(plan.test_tiles) if i not in there]
-    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+    as_asked = float32_products(job.model.problem.device, job.precision)
+    with torch.no_grad(), as_asked, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         record = _within_memory(job, store, (stage, task), samples, missing)
     for one in caught:
