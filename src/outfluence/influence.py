@@ -716,6 +716,7 @@ class EkfacInfluence(InfluenceModel):
     influences_by_layer = InfluenceModel.influences_by_block
     influences_from_factors_by_layer = InfluenceModel.influences_from_factors_by_block
 
+    @_computed
     def explore_hessian_regularization(
         self, x: Tree, y: Tree, values: Iterable[float]
     ) -> dict[float, dict[str, Tensor]]:

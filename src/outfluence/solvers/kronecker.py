@@ -498,21 +498,23 @@ def _times(vectors: Tensor, matrices: Tensor | None) -> Tensor:
     """Vectors ``(n, T, groups, d)`` times the matrix of their group."""
     if matrices is None:
         return vectors
-    if len(matrices) == 1:
-        return vectors @ matrices[0]
+    if len(matrices) == 1:  # of vectors that are strided, matmul would copy the matrix for each
+        return (vectors.flatten(0, 2) @ matrices[0]).view(*vectors.shape[:3], matrices.shape[2])
     return torch.einsum("ntgd,gde->ntge", vectors, matrices)
 
 
 def _covariance(vectors: Tensor) -> Tensor:
     """The sum of the outer products of vectors ``(n, T, groups, d)``: ``(groups, d, d)``."""
-    flat = vectors.flatten(0, 1).transpose(0, 1)
-    size = flat.shape[2]
-    total = flat.new_empty(len(flat), size, size)
+    flat = vectors.flatten(0, 1)
+    if flat.shape[1] > 1:
+        return torch.matmul(flat.permute(1, 2, 0), flat.transpose(0, 1))
+    flat, size = flat[:, 0], flat.shape[2]
+    turned, total = flat.T.contiguous(), flat.new_empty(1, size, size)
     for start in range(0, size, _STRIPE):  # half of a symmetric matrix is enough
         here = slice(start, start + _STRIPE)
-        stripe = flat[..., here].mT @ flat[..., start:]
-        total[:, here, start:] = stripe
-        total[:, start:, here] = stripe.mT
+        stripe = turned[here] @ flat[:, start:]
+        total[0, here, start:] = stripe
+        total[0, start:, here] = stripe.T
     return total
 
 

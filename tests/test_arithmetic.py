@@ -1,0 +1,121 @@
+"""The precision of float32 products: what the user asked for, also in workers, and never less."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from outfluence import (
+    DaskInfluenceCalculator,
+    DirectInfluence,
+    EkfacInfluence,
+    SequentialInfluenceCalculator,
+    arithmetic,
+)
+from outfluence.arithmetic import float32_products, precision_asked
+from outfluence.errors import StoreMismatchError
+
+CPU = torch.device("cpu")
+
+
+class AsTold(nn.Module):
+    """Tells its precision by its outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.layer(x) * {"highest": 1.0, "high": 2.0, "medium": 3.0}[torch.get_float32_matmul_precision()]
+
+
+@pytest.fixture
+def medium_is_not_better(monkeypatch):
+    monkeypatch.setattr(arithmetic, "_is_faster_and_exact", lambda: False)
+
+
+@pytest.fixture
+def high():
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def samples():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(6, 3, generator=generator), torch.randint(0, 2, (6,), generator=generator)
+
+
+def test_products_are_those_of_float32():
+    """Also where "medium" is set: then it was found to be as exact."""
+    generator = torch.Generator().manual_seed(0)
+    for m, n, k in ((3, 5, 7), (100, 300, 2000), (256, 256, 256)):
+        a, b = torch.randn(m, k, generator=generator), torch.randn(k, n, generator=generator)
+        with float32_products(CPU):
+            product = a @ b
+        exact = a.double() @ b.double()
+        assert (product - exact).norm() < 2e-6 * exact.norm()
+
+
+def test_the_setting_is_put_back_also_after_errors():
+    def fail():
+        with float32_products(CPU, "high"):
+            assert torch.get_float32_matmul_precision() == "high"
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_less_exact_products_are_not_taken(monkeypatch):
+    monkeypatch.setattr(arithmetic, "_error", lambda *_: 3e-3)  # of bfloat16
+    arithmetic._is_faster_and_exact.cache_clear()
+    try:
+        with float32_products(CPU):
+            assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        arithmetic._is_faster_and_exact.cache_clear()
+
+
+def test_other_devices_get_what_was_asked_for(monkeypatch):
+    monkeypatch.setattr(arithmetic, "_is_faster_and_exact", lambda: True)
+    with float32_products(torch.device("cuda")):
+        assert torch.get_float32_matmul_precision() == "highest"
+    with float32_products(CPU):
+        assert torch.get_float32_matmul_precision() == "medium"
+        with float32_products(CPU):
+            assert torch.get_float32_matmul_precision() == "medium"
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_what_is_set_for_each_backend_is_left_alone(monkeypatch):
+    def mixed():
+        raise RuntimeError("mix of the legacy and new APIs")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", mixed)
+    assert precision_asked() == ""
+    with float32_products(CPU):
+        pass
+
+
+@pytest.mark.usefixtures("medium_is_not_better")
+def test_in_memory_it_is_the_users(high):
+    data, model = samples(), AsTold()
+    told = EkfacInfluence(model, False, 0.1).fit(data).influences(*data)
+    torch.set_float32_matmul_precision("highest")
+    assert not torch.allclose(EkfacInfluence(model, False, 0.1).fit(data).influences(*data), told)
+
+
+def test_workers_compute_as_the_client_is_told(high, client, tmp_path):
+    torch.manual_seed(0)
+    data, model = samples(), AsTold()
+    fitted = DirectInfluence(model, F.cross_entropy, 0.1).fit(data)
+    expected = fitted.influences(*data).numpy()
+    lazy = DaskInfluenceCalculator(fitted, client).influences(data, data)
+    assert np.allclose(lazy.to_zarr(tmp_path / "dask.zarr")["scores"].values, expected, rtol=1e-5)
+    torch.set_float32_matmul_precision("highest")  # afterwards: it was asked for before
+    lazy = SequentialInfluenceCalculator(fitted).influences(data, data)
+    with pytest.raises(StoreMismatchError, match="precision"):
+        lazy.to_zarr(tmp_path / "dask.zarr")
