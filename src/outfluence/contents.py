@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from outfluence.arithmetic import precision_asked
 from outfluence.data import Data, to_numpy
 from outfluence.errors import StoreError
 from outfluence.influence import InfluenceModel
@@ -30,6 +29,7 @@ from outfluence.jobs import (
     positions_of,
     version_of,
 )
+from outfluence.machine import precision_asked
 from outfluence.plan import Plan
 from outfluence.record import Record
 from outfluence.rows import Rows

@@ -22,8 +22,9 @@ from outfluence.modes import SecondOrderMode
 from outfluence.problem import Problem
 from outfluence.rows import check_finite
 
-#: Vectors that a batch is multiplied with at a time; with the size of a batch it bounds the memory of a product.
-VECTORS = 64
+#: Vectors that a batch is multiplied with at a time; with the size of a batch it bounds the memory of a product. More
+#: would not stay near the processor.
+VECTORS = 32
 
 #: Tensors by parameter name.
 Vector = dict[str, Tensor]

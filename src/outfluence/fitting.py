@@ -20,13 +20,13 @@ import torch
 from dask.utils import format_bytes
 from torch import Tensor
 
-from outfluence.arithmetic import float32_products
 from outfluence.data import BATCH_SIZE, Data, Statistic, add_to, tree_leaves
 from outfluence.errors import PlanError, RunError, StoreError
 from outfluence.executors import Executor
 from outfluence.factors import WORKSPACE
 from outfluence.fingerprint import fingerprint
 from outfluence.jobs import Job, length, raise_failures
+from outfluence.machine import float32_products
 from outfluence.plan import MIB, RUNTIME_BYTES, Stage
 from outfluence.progress import ProgressCallback, Tracker
 from outfluence.record import Record

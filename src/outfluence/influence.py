@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from outfluence.arithmetic import float32_products
 from outfluence.data import Batch, Data, DataLike, Tree, tree_leaves, tree_map
 from outfluence.errors import DataError, NotFittedError, OutfluenceError, ProblemError
+from outfluence.machine import float32_products, keep_memory
 from outfluence.modes import BlockMode, FisherMode, InfluenceMode, SecondOrderMode, WeightSharing
 from outfluence.preconditioners import Preconditioner
 from outfluence.problem import Loss, Problem
@@ -42,10 +42,11 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def _computed(method: _Method) -> _Method:
-    """With the arithmetic of the model's device; see `float32_products`."""
+    """In the best way that the machine has; see `machine`."""
 
     @wraps(method)
     def computed(model: Any, *args: Any, **kwargs: Any) -> Any:
+        keep_memory()
         with float32_products(model.problem.device):
             return method(model, *args, **kwargs)
 

@@ -13,13 +13,13 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from outfluence.arithmetic import precision_asked
 from outfluence.curvature import VECTORS
 from outfluence.data import Data, DataLike, tree_leaves
 from outfluence.errors import DataError, RunError, StoreError
 from outfluence.factors import WORKSPACE
 from outfluence.fingerprint import fingerprint
 from outfluence.influence import InfluenceModel
+from outfluence.machine import precision_asked
 from outfluence.modes import InfluenceMode
 from outfluence.plan import ACTIVATION_COPIES, Plan, Work
 from outfluence.problem import DIRECTIONS

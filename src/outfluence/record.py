@@ -19,6 +19,7 @@ import psutil
 import torch
 
 from outfluence.errors import StoreError
+from outfluence.machine import keep_memory
 from outfluence.store import Store
 
 
@@ -113,19 +114,10 @@ def _peak_bytes() -> int:
 
 
 def _give_back() -> None:
-    """Return freed memory to the system, where the C library keeps it (glibc): it would count for the next task.
-
-    And let it keep what is used again and again within a task: new pages cost more than most of what is done in them.
-    """
+    """Return freed memory to the system, where the C library keeps it (glibc): it would count for the next task."""
+    keep_memory()
     with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_TRIM_THRESHOLD, 64 << 20)
-        libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
-        libc.malloc_trim(0)
-
-
-#: Parameters of glibc's mallopt. Setting them ends their growth with the sizes that are freed.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _now() -> str:

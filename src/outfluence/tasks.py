@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from outfluence.analysis import first_of
-from outfluence.arithmetic import float32_products
 from outfluence.data import to_numpy, tree_map
 from outfluence.errors import ClusterError, ConvergenceWarning, DataError, StoreError
 from outfluence.executors import KILLED, profile_worker
@@ -41,6 +40,7 @@ from outfluence.jobs import (
     length,
     numpy_name,
 )
+from outfluence.machine import float32_products
 from outfluence.modes import InfluenceMode
 from outfluence.plan import Costs
 from outfluence.record import Record, resident_bytes

@@ -11,10 +11,10 @@ from outfluence import (
     DirectInfluence,
     EkfacInfluence,
     SequentialInfluenceCalculator,
-    arithmetic,
+    machine,
 )
-from outfluence.arithmetic import float32_products, precision_asked
 from outfluence.errors import StoreMismatchError
+from outfluence.machine import float32_products, precision_asked
 
 CPU = torch.device("cpu")
 
@@ -32,7 +32,7 @@ class AsTold(nn.Module):
 
 @pytest.fixture
 def medium_is_not_better(monkeypatch):
-    monkeypatch.setattr(arithmetic, "_is_faster_and_exact", lambda: False)
+    monkeypatch.setattr(machine, "_is_faster_and_exact", lambda: False)
 
 
 @pytest.fixture
@@ -70,17 +70,17 @@ def test_the_setting_is_put_back_also_after_errors():
 
 
 def test_less_exact_products_are_not_taken(monkeypatch):
-    monkeypatch.setattr(arithmetic, "_error", lambda *_: 3e-3)  # of bfloat16
-    arithmetic._is_faster_and_exact.cache_clear()
+    monkeypatch.setattr(machine, "_error", lambda *_: 3e-3)  # of bfloat16
+    machine._is_faster_and_exact.cache_clear()
     try:
         with float32_products(CPU):
             assert torch.get_float32_matmul_precision() == "highest"
     finally:
-        arithmetic._is_faster_and_exact.cache_clear()
+        machine._is_faster_and_exact.cache_clear()
 
 
 def test_other_devices_get_what_was_asked_for(monkeypatch):
-    monkeypatch.setattr(arithmetic, "_is_faster_and_exact", lambda: True)
+    monkeypatch.setattr(machine, "_is_faster_and_exact", lambda: True)
     with float32_products(torch.device("cuda")):
         assert torch.get_float32_matmul_precision() == "highest"
     with float32_products(CPU):

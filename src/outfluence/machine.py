@@ -1,7 +1,8 @@
-"""How products of float32 matrices are computed: as torch is told to, and on AMD with all that the processor has."""
+"""What is asked of the machine: products of float32 matrices with all that a processor has, and memory that is kept."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -11,6 +12,21 @@ import torch
 
 #: Largest relative error of a product that counts as one of float32. Of bfloat16 it would be some 3e-3.
 _FLOAT32 = 1e-5
+#: Parameters of glibc's mallopt. Setting them ends their growth with the sizes that are freed.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+
+
+@cache
+def keep_memory() -> None:
+    """Let the C library keep memory that is freed, where it has that choice (glibc).
+
+    It would give all that is larger than 128 KiB back at once, and take new pages for it the next time: these cost more
+    than most of what is done in them.
+    """
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_TRIM_THRESHOLD, 64 << 20)
+        libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
 
 
 def precision_asked() -> str:
