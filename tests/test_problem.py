@@ -308,3 +308,39 @@ def test_fingerprints_see_what_is_used_of_a_module_of_the_users_and_no_more(monk
     assert scaled != before
     helpers.inner.SHIFT = 0.0
     assert fingerprint(loss) not in (before, scaled)
+
+
+class Around(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+@pytest.mark.parametrize("what", ["the model", "the model in place", "a layer"])
+def test_of_what_is_compiled_the_original_is_run(what):
+    """Compiled code cannot be looked into; torch runs what it was compiled from."""
+    case, ran = make_case("mlp"), []
+    plain = DirectInfluence(Around(case.model), case.loss, 0.1).fit(case.train)
+    expected = plain.influences(*case.test, *case.train)
+    assert expected.abs().max() > 0
+
+    def backend(graph, _inputs):
+        return lambda *args: ran.append(1) or graph(*args)
+
+    if what == "the model":
+        model = torch.compile(Around(case.model), backend=backend)
+    elif what == "a layer":
+        model = Around(torch.compile(case.model, backend=backend))
+    else:
+        model = Around(case.model)
+        model.compile(backend=backend)
+    problem = Problem(model, case.loss).structured(Data.of(case.train).rows(slice(0, 3)))
+    assert not problem.structure.dense
+    influence = DirectInfluence(model, case.loss, 0.1).fit(case.train)
+    assert torch.equal(influence.influences(*case.test, *case.train), expected)
+    assert not ran
+    model(case.train[0])
+    assert ran  # for the user it stays compiled

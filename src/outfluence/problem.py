@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -52,7 +53,8 @@ class Problem:
     is one parameter.
 
     Args:
-        model: called as ``model(x)``, ``model(*x)`` for a tuple and ``model(**x)`` for a dict.
+        model: called as ``model(x)``, ``model(*x)`` for a tuple and ``model(**x)`` for a dict. Of a model or layers that
+            are compiled (`torch.compile`) the originals are run: compiled code cannot be looked into.
         loss: called as ``loss(output, y)`` with a batch of one sample; gives a scalar. A mean
             and a sum over samples are the same, as there is one.
         block_structure: a `BlockMode`, or an ordered mapping of block names to parameter names.
@@ -68,6 +70,9 @@ class Problem:
     structure: Structure = field(init=False, repr=False, default=Structure())
 
     def __post_init__(self) -> None:
+        original = self.model._modules.get("_orig_mod")  # of torch.compile
+        if original is not None:
+            object.__setattr__(self, "model", original)
         names = [name for name, p in self.model.named_parameters() if p.requires_grad]
         if not names:
             raise ProblemError(
@@ -130,9 +135,9 @@ class Problem:
 
     def output(self, parameters: Mapping[str, Tensor], x: Tree) -> Any:
         """The model's output for a batch, as a function of (some of) its parameters."""
-        if isinstance(x, Mapping):
-            return functional_call(self.model, dict(parameters), (), dict(x))
-        return functional_call(self.model, dict(parameters), x if isinstance(x, tuple) else (x,))
+        args, kwargs = ((), dict(x)) if isinstance(x, Mapping) else (x if isinstance(x, tuple) else (x,), {})
+        with _uncompiled():
+            return functional_call(self.model, dict(parameters), args, kwargs)
 
     def sample_loss(self, parameters: Mapping[str, Tensor], x: Tree, y: Tree) -> Tensor:
         """The loss of one sample (no batch axis), as a function of the parameters: a scalar."""
@@ -565,6 +570,12 @@ def _differences(problem: Problem, batch: Batch) -> dict[str, tuple[float, float
             difference, scale = float((got - whole).abs().amax()), float(whole.abs().amax())
             found[name] = max(found[name][0], difference), max(found[name][1], scale)
     return found
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Run what is compiled as it was written; nothing is, unless the compiler has been imported."""
+    is_there = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if is_there else nullcontext()
 
 
 def _at_once(numbers: int) -> int:
