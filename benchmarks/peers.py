@@ -49,6 +49,8 @@ PEERS = Path(__file__).parent.parent / ".venv-peers"
 REQUIREMENTS = {
     "pydvl": ("torch==2.13.0", "numpy<2", "pydvl[influence]==0.10.0", "psutil"),
     "kronfluence": ("torch==2.13.0", "kronfluence==1.0.1", "psutil"),
+    "dattri": ("torch==2.13.0", "dattri==0.3.0", "psutil"),
+    "trak": ("torch==2.13.0", "traker==0.3.2", "psutil"),
 }
 
 
@@ -398,6 +400,66 @@ def run_kronfluence(_method, folder, data, model, _loss, regularization, stages,
     return analyzer.load_pairwise_scores("s")["all_modules"].numpy()
 
 
+def run_dattri(_method, _folder, data, model, loss, regularization, stages):
+    """Scores stay in memory."""
+    from dattri.algorithm.influence_function import IFAttributorEKFAC
+    from dattri.task import AttributionTask
+    from torch.func import functional_call
+    from torch.utils.data import DataLoader, TensorDataset
+
+    def of_parameters(parameters, batch):
+        x, y = batch
+        one = x.ndim == data["x"].ndim - 1  # vmap takes the axis of samples away
+        x, y = (x[None], y[None]) if one else (x, y)
+        return loss(functional_call(model, parameters, x), y)
+
+    train = DataLoader(TensorDataset(data["x"], data["y"]), batch_size=500)
+    test = DataLoader(TensorDataset(data["x_test"], data["y_test"]), batch_size=100)
+    attributor = IFAttributorEKFAC(AttributionTask(of_parameters, model, model.state_dict()), damping=regularization)
+    stages("fit", lambda: attributor.cache(train))
+    return stages("scores", lambda: attributor.attribute(train, test)).detach().T.numpy()
+
+
+def run_trak(_method, folder, data, model, _loss, _regularization, stages):
+    """Not EK-FAC: gradients of the model's margin, projected to 2,048 numbers; the fit makes those of training data."""
+    from torch.utils.data import DataLoader, TensorDataset
+    from trak import TRAKer
+    from trak.projectors import BasicProjector, ProjectionType
+
+    n_train, n_test = len(data["x"]), len(data["x_test"])
+    projector = BasicProjector(
+        grad_dim=sum(p.numel() for p in model.parameters()),
+        proj_dim=2048,
+        seed=0,
+        proj_type=ProjectionType.rademacher,
+        device="cpu",
+    )
+    tracker = TRAKer(
+        model,
+        "image_classification",
+        n_train,
+        save_dir=str(folder / "trak"),
+        device="cpu",
+        projector=projector,
+        use_half_precision=False,
+    )
+
+    def features():
+        tracker.load_checkpoint(model.state_dict(), model_id=0)
+        for batch in DataLoader(TensorDataset(data["x"], data["y"]), batch_size=500):
+            tracker.featurize(batch, num_samples=len(batch[0]))
+        tracker.finalize_features()
+
+    def scores():
+        tracker.start_scoring_checkpoint("scores", model.state_dict(), 0, n_test)
+        for batch in DataLoader(TensorDataset(data["x_test"], data["y_test"]), batch_size=500):
+            tracker.score(batch, num_samples=len(batch[0]))
+        return tracker.finalize_scores("scores")
+
+    stages("fit", features)
+    return np.asarray(stages("scores", scores)).T
+
+
 def reference(data, model, loss, regularization, n_test, n_train):
     """EK-FAC scores in float64, from per-sample gradients and plain formulas; expected labels."""
     from torch.func import functional_call, grad, vmap
@@ -496,6 +558,8 @@ TOOLS = {
     "pyDVL": ("pydvl", run_pydvl, {}),
     "kronfluence": ("kronfluence", run_kronfluence, {}),
     "kronfluence, low rank": ("kronfluence", run_kronfluence, {"low_rank": 32}),
+    "dattri": ("dattri", run_dattri, {}),
+    "TRAK": ("trak", run_trak, {}),
 }
 
 
@@ -525,6 +589,8 @@ def table(lines):
 def applies(tool, case, method):
     if (TOOLS[tool][0] is None and TOOLS[tool][2]) or TOOLS[tool][0] == "kronfluence":
         return method == "ekfac"
+    if tool in ("dattri", "TRAK"):  # linear layers only; margins of classes
+        return case == "MLP 100k" and method == "ekfac"
     return tool != "pyDVL" or "MLP 100k" in case  # with a million parameters it takes half an hour
 
 
