@@ -7,7 +7,7 @@ it can.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,8 +190,9 @@ def eigenpairs(
 ) -> tuple[Tensor, Tensor]:
     """The eigenvalues of largest magnitude and their eigenvectors: ``(k,)`` and ``(P, k)``, the largest first.
 
-    By a block Lanczos method with thick restarts (Golub & Underwood 1977; Wu & Simon 2000), where `rank` vectors share
-    each product, so that it takes few; where its space would be the whole one, by building the matrix.
+    By a block Lanczos method with thick restarts (Golub & Underwood 1977; Wu & Simon 2000), where half of `rank`
+    vectors share each product: fewer products than one by one, and fewer vectors than all at once. Where its space
+    would be the whole one, by building the matrix.
 
     Args:
         matmat: products with the matrix.
@@ -240,9 +241,17 @@ def _block_lanczos(
     def random(n: int) -> Tensor:
         return torch.randn(size, n, generator=generator, dtype=torch.float64).to(like.device)
 
+    spaces = [torch.empty(dimension, size, dtype=torch.float64, device=like.device) for _ in range(2)]
+
+    def with_columns(start: int, *columns: Tensor) -> Iterator[Tensor]:
+        for space, new in zip(spaces, columns, strict=True):
+            space[start : start + new.shape[1]] = new.T
+            yield space[: start + new.shape[1]].T
+
     rounding = 10 * torch.finfo(like.dtype).eps
-    basis = torch.linalg.qr(random(min(rank, dimension - rank)))[0]
-    images, restarts, found = multiply(basis), 0, 0
+    width = min(-(-rank // 2), dimension - rank)
+    new = torch.linalg.qr(random(width))[0]
+    (basis, images), restarts, found = with_columns(0, new, multiply(new)), 0, 0
     while True:
         small = basis.T @ images
         values, rotation = torch.linalg.eigh((small + small.T) / 2)
@@ -262,11 +271,12 @@ def _block_lanczos(
                     "or rank"
                 )
             kept = min(dimension - 1, rank + (dimension - rank) // 3)
-            basis, images = basis @ rotation[:, :kept], images @ rotation[:, :kept]
+            basis, images = with_columns(0, basis @ rotation[:, :kept], images @ rotation[:, :kept])
         # The directions in which the vectors are not yet eigenvectors; at random where there are none left.
-        new = residuals[:, ~done][:, : dimension - basis.shape[1]]
+        new = residuals[:, ~done]
         if basis.shape[1] < rank:
-            new = torch.cat([new, random(rank)], 1)[:, : min(rank, dimension - basis.shape[1])]
+            new = torch.cat([new, random(width)], 1)
+        new = new[:, : min(width, dimension - basis.shape[1])]
         new = new / torch.linalg.vector_norm(new, dim=0).clamp(min=torch.finfo(torch.float64).tiny)
         for _ in range(2):  # orthogonal to the basis, twice: once leaves rounding errors
             new = _basis(new - basis @ (basis.T @ new))
@@ -275,7 +285,7 @@ def _block_lanczos(
             for _ in range(2):
                 new = new - basis @ (basis.T @ new)
                 new = new / new.norm()
-        basis, images = torch.cat([basis, new], 1), torch.cat([images, multiply(new)], 1)
+        basis, images = with_columns(basis.shape[1], new, multiply(new))
 
 
 def _lanczos_on_gpu(matmat: Matmat, size: int, like: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:

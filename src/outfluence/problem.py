@@ -53,8 +53,8 @@ class Problem:
     is one parameter.
 
     Args:
-        model: called as ``model(x)``, ``model(*x)`` for a tuple and ``model(**x)`` for a dict. Of a model or layers that
-            are compiled (`torch.compile`) the originals are run: compiled code cannot be looked into.
+        model: called as ``model(x)``, ``model(*x)`` for a tuple and ``model(**x)`` for a dict. Of a model or layers
+            that are compiled (`torch.compile`) the originals are run: compiled code cannot be looked into.
         loss: called as ``loss(output, y)`` with a batch of one sample; gives a scalar. A mean
             and a sum over samples are the same, as there is one.
         block_structure: a `BlockMode`, or an ordered mapping of block names to parameter names.
