@@ -9,9 +9,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
-import signal
 import tempfile
-import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -21,14 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, final
 
-import cloudpickle
 import numpy as np
 import psutil
 import torch
 import xarray as xr
 from distributed import Client
 
-from outfluence import fitting, tasks
 from outfluence.analysis import open_influences
 from outfluence.contents import (
     about_fit,
@@ -76,15 +72,15 @@ from outfluence.jobs import (
 )
 from outfluence.modes import InfluenceMode
 from outfluence.plan import Plan, Stage, make_plan, parse_bytes
-from outfluence.progress import Bars, ProgressCallback, Tracker, as_callback
+from outfluence.progress import ProgressCallback, Tracker, as_callback
 from outfluence.record import resident_bytes
 from outfluence.rows import GradientRows
+from outfluence.runs import Do, here, resumable, workplace
 from outfluence.store import Store
 from outfluence.tasks import (
     calibrate,
     check_task,
     read_all_factors,
-    remote_task,
     run_task,
 )
 
@@ -147,7 +143,7 @@ class InfluenceCalculator(ABC):
                 unfitted.look_at(data)  # before workers get it
                 job = Job(unfitted, train=data, store=store.path, store_id=store.id)
                 callback = as_callback(progress)
-                with _resumable(store), self._executor() as executor, _workplace(job, executor, store, callback) as do:
+                with resumable(store), self._executor() as executor, workplace(job, executor, store, callback) as do:
                     unfitted.fit(Summed("train", job, do, executor, limit, callback))
                     keep_inverse(store, unfitted.inverse.tensors)
             store.drop_work()
@@ -475,7 +471,7 @@ class LazyInfluences:
             job = replace(job, model=_begun_with(store, job.model), plan=plan).in_batches(plan.batch_size)
             job = replace(job, store=store.path, store_id=store.id)
             store.restore_work(array_specs(job, plan))
-            with _resumable(store), self._make_executor() as executor:
+            with resumable(store), self._make_executor() as executor:
                 _run(job, executor, store, as_callback(progress))
         store.drop_work()
         return open_influences(store.path)
@@ -497,16 +493,12 @@ class LazyInfluences:
         return plan
 
 
-#: Makes of a function of a job, and what is common to its tasks, a function of a task's number and the attempt.
-Do = Callable[..., Callable[[int, int], dict[str, Any]]]
-
-
 def _run(job: Job, executor: Executor, store: Store, callback: ProgressCallback | None) -> None:
     """Do every task that has left no receipt, and those whose work is damaged."""
     assert job.plan is not None
     failures: list[tuple[str, BaseException]] = []
     on_dask = isinstance(executor, DaskExecutor)
-    with _workplace(job, executor, store, callback) as do:
+    with workplace(job, executor, store, callback) as do:
         _withdraw_damaged(do, job.plan, executor, store)
         for stage in job.plan.stages:
             if stage.name == "strongest" and len(store.done("scores", or_in_part=True)) < _stage(job, "scores").n_tasks:
@@ -516,52 +508,11 @@ def _run(job: Job, executor: Executor, store: Store, callback: ProgressCallback 
                 # One solve for all test samples: it runs here, and all workers take part in its passes over the data.
                 data = Summed("fit", job, do, executor, job.plan.memory_limit, None)
                 solving = replace(job, model=job.model.reading(data), baseline_bytes=resident_bytes())
-                where = partial(_here, solving), SequentialExecutor()
+                where = partial(here, solving), SequentialExecutor()
             failures += _run_stage(stage, job.plan, *where, store, callback)
     n_missing = sum(total - done for done, total in store.progress().values())
     if failures or n_missing:
         raise_failures(failures, "run", n_missing, store)
-
-
-@contextmanager
-def _workplace(job: Job, executor: Executor, store: Store, callback: ProgressCallback | None) -> Iterator[Do]:
-    """Everything that tasks need, where they run; and order left behind."""
-    # The last bits of a matrix product may depend on the number of threads: go on with as many as were begun with.
-    begun_with, threads_before = store.read_json("threads.json") or store.any_receipt(), torch.get_num_threads()
-    if begun_with is not None:
-        threads = begun_with["threads"]
-    else:
-        threads = executor.torch_threads() if isinstance(executor, DaskExecutor) else threads_before
-    store.put_json("threads.json", {"threads": threads})
-    try:
-        if isinstance(executor, DaskExecutor):
-            recipe = _ship(replace(job, threads=threads), store)
-            executor.check_path(str(recipe))
-            yield partial(_remotely, str(recipe))
-        else:
-            torch.set_num_threads(threads)
-            yield partial(_here, replace(job, baseline_bytes=resident_bytes()))
-    finally:
-        forget_all()
-        if isinstance(executor, DaskExecutor):
-            executor.forget(forget_all)
-        torch.set_num_threads(threads_before)
-        if isinstance(callback, Bars):
-            callback.close()
-
-
-def _remotely(recipe: str, function: Callable[..., Any], **options: Any) -> Callable[[int, int], Any]:
-    return partial(remote_task, recipe, partial(function, **options))
-
-
-def _here(job: Job, function: Callable[..., Any], **options: Any) -> Callable[[int, int], Any]:
-    return lambda task, attempt: function(job, **options, task=task, attempt=attempt)
-
-
-def forget_all() -> None:
-    """Let go of what this process keeps between tasks."""
-    tasks.forget()
-    fitting.forget()
 
 
 def _run_stage(
@@ -616,49 +567,9 @@ def _withdraw_damaged(do: Do, plan: Plan, executor: Executor, store: Store) -> N
         merged = stage.name != "strongest" or len(store.done(stage.name)) == stage.n_tasks
 
 
-@contextmanager
-def _resumable(store: Store) -> Iterator[None]:
-    """Say how to go on when the run is interrupted, or its process told to end (batch systems do before they kill)."""
-    handles = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _interrupt) if handles else None
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        done = ", ".join(f"{name} {n:,} of {total:,}" for name, (n, total) in store.progress().items())
-        raise Interrupted(
-            f"interrupted; what was computed is stored in {store.path} (tasks done: {done}). The same call again goes "
-            "on from there."
-        ) from error
-    finally:
-        if handles:
-            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
-
-
-def _interrupt(_number: int, _frame: Any) -> None:
-    raise KeyboardInterrupt
-
-
 def _stage(job: Job, name: str) -> Stage:
     assert job.plan is not None
     return next(stage for stage in job.plan.stages if stage.name == name)
-
-
-def _ship(job: Job, store: Store) -> Path:
-    """Write the recipe of a job, and first the data that lives in memory only."""
-    if job.model.problem.device.type != "cpu":
-        raise ClusterError("workers load the model on their CPU: call model.to('cpu') first")
-    stored: dict[str, Any] = {
-        role: data.stored(partial(store.put_input, data.fingerprint)) for role, data in job.inputs.items()
-    }
-    fit = stored.pop("fit", None)
-    if fit is not None:
-        stored["model"] = job.model.reading(fit)
-    content = cloudpickle.dumps(replace(job, **stored))
-    # Another name for each: a task of a client that was killed may still be under way, and must not read a later one.
-    name = f"{fingerprint(content)[:16]}.pkl"
-    file = store.put_file(f"recipe/{name}", content)
-    store.drop_files("recipe", keep=name)
-    return file
 
 
 def _begun_with(store: Store, model: InfluenceModel) -> InfluenceModel:

@@ -120,16 +120,17 @@ def about_run(job: Job, identity: dict[str, Any], plan: Plan) -> dict[str, Any]:
         "plan": plan.to_json(),
         "memory_limit": plan.memory_limit,
         "tasks": {stage.name: stage.n_tasks for stage in plan.stages},
-    } | _made_now()
+    } | made_now()
 
 
 def about_fit(identity: dict[str, Any], memory_limit: int) -> dict[str, Any]:
     """What made the store of a fit."""
     about = {"identity": identity, "basis": None, "plan": None, "memory_limit": memory_limit, "tasks": {"inverse": 1}}
-    return about | _made_now()
+    return about | made_now()
 
 
-def _made_now() -> dict[str, Any]:
+def made_now() -> dict[str, Any]:
+    """Versions and time."""
     packages = ("outfluence", "torch", "numpy", "zarr", "xarray", "dask", "distributed")
     return {
         "versions": {"python": platform.python_version(), **{name: version_of(name) for name in packages}},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from outfluence.curvature import VECTORS
 from outfluence.data import Data, DataLike, tree_leaves
-from outfluence.errors import DataError, RunError, StoreError
+from outfluence.errors import ClusterError, DataError, RunError, StoreError
 from outfluence.factors import WORKSPACE
 from outfluence.fingerprint import fingerprint
 from outfluence.influence import InfluenceModel
@@ -149,6 +150,27 @@ class Job:
         source = self.model.inverse.data
         model = self.model if source is None else self.model.reading(source.in_batches(size))
         return replace(self, model=model, plan=replace(self.plan, batch_size=size))
+
+    def shipped(self, store: Store) -> Job:
+        """This job as workers can read it: data that lives in memory only are put into the store.
+
+        Raises:
+            ClusterError: if the model is on another device than the CPU.
+        """
+        if self.model.problem.device.type != "cpu":
+            raise ClusterError("workers load the model on their CPU: call model.to('cpu') first")
+        stored: dict[str, Any] = {
+            role: data.stored(partial(store.put_input, data.fingerprint)) for role, data in self.inputs.items()
+        }
+        fit = stored.pop("fit", None)
+        if fit is not None:
+            stored["model"] = self.model.reading(fit)
+        return replace(self, **stored)
+
+    def arrived(self, baseline_bytes: int) -> Job:
+        """This job in a worker, whose process took so many bytes before."""
+        self.model.assume_unchanged()
+        return replace(self, baseline_bytes=baseline_bytes)
 
     def identity(self) -> dict[str, Any]:
         """What the numbers in the store depend on. A store is continued by the same identity only."""

@@ -163,6 +163,12 @@ class Problem:
         losses: Tensor = self._per_sample(self.sample_loss, x, y)(dict(parameters), x, y)
         return losses.sum()
 
+    def losses(self, x: Tree, y: Tree) -> Tensor:
+        """The loss of each sample: ``(n,)``."""
+        x, y = self.on_device(x), self.on_device(y)
+        losses: Tensor = self._per_sample(self.sample_loss, x, y)(self.parameters, x, y)
+        return losses
+
     def sum_of_losses(self, output: Any, y: Tree) -> Tensor:
         """The sum over samples of the loss, from the model's output for a batch: a scalar."""
 

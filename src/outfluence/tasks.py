@@ -12,7 +12,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -78,12 +77,11 @@ _BUSY = threading.Lock()
 
 
 @lru_cache(maxsize=1)
-def job_from(recipe: str) -> Job:
+def job_from(recipe: str) -> Any:
     """Read a job, once a process."""
     baseline = resident_bytes()  # before the model: the worker may have done other work before
     with Path(recipe).open("rb") as file:
-        job: Job = replace(pickle.load(file), baseline_bytes=baseline)
-    job.model.assume_unchanged()
+        job = pickle.load(file).arrived(baseline)
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     return job

@@ -1,0 +1,369 @@
+"""How far to believe scores: what they predict, against what retraining does.
+
+A score says what a training sample does to the loss of a test sample. So the sum of the scores of a subset of the
+training samples predicts how a model does that is trained on the subset: `retrain` trains such models, on the
+executors of a run, and `linear_datamodeling_score` compares (Park et al. 2023). `leave_one_out` and `topk_removal` ask
+for single samples; `mislabel_detection` needs no retraining, but labels that are known to be wrong.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import dask.array as da
+import numpy as np
+import torch
+import torch.nn.functional as F
+import xarray as xr
+from scipy import stats
+
+from outfluence.contents import made_now
+from outfluence.data import Data, DataLike, to_numpy
+from outfluence.errors import DataError, NonFiniteError, StoreError
+from outfluence.executors import SequentialExecutor, dask_executor
+from outfluence.fingerprint import fingerprint
+from outfluence.jobs import local_path, major_versions, raise_failures
+from outfluence.problem import Loss, Problem
+from outfluence.progress import ProgressCallback, Tracker, as_callback
+from outfluence.record import Record
+from outfluence.runs import resumable, workplace
+from outfluence.store import ArraySpec, Store
+
+#: Trains a model on the training samples with these indices; the seed is for its initial weights and its shuffling.
+Train = Callable[[np.ndarray, int], torch.nn.Module]
+
+LOSSES = "losses"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with the interval in which it would be for other samples.
+
+    Attributes:
+        value: the mean, or whatever `of` says.
+        low: lower end of the 95% bootstrap interval.
+        high: upper end.
+        each: what it is made of, one for each sample.
+    """
+
+    value: float
+    low: float
+    high: float
+    each: np.ndarray
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+    @classmethod
+    def of(cls, statistic: Callable[..., Any], *samples: np.ndarray) -> Self:
+        """A statistic of samples that are drawn again with replacement, together (percentile bootstrap)."""
+        value = float(statistic(*samples))
+        drawn = stats.bootstrap(
+            samples, statistic, paired=True, vectorized=False, n_resamples=1000, method="percentile", rng=0
+        )
+        low, high = drawn.confidence_interval
+        return cls(value, float(low), float(high), samples[0])
+
+
+def random_subsets(n_train: int, n: int, *, fraction: float = 0.5, seed: int = 0) -> np.ndarray:
+    """Random subsets of the training samples, all of the same size: ``(n, n_train)``, true for its members."""
+    if not 0 < fraction < 1:
+        raise DataError(f"fraction is the share of the samples that a subset holds, between 0 and 1, not {fraction}")
+    generator, size = np.random.default_rng(seed), round(fraction * n_train)
+    subsets = np.zeros((n, n_train), dtype=bool)
+    for subset in subsets:
+        subset[generator.choice(n_train, size, replace=False)] = True
+    return subsets
+
+
+def linear_datamodeling_score(scores: Any, subsets: Any, losses: Any) -> Estimate:
+    """The rank correlation, over subsets, of what scores predict with what retraining gives.
+
+    The prediction for a subset is the sum of the scores of its members (Park et al. 2023, definition 2.4); scores are
+    positive for samples that help, so a high sum predicts a low loss.
+
+    Args:
+        scores: ``(n_test, n_train)``: an array (numpy, xarray, dask, zarr). Read block by block.
+        subsets: ``(n_subsets, n_train)``, true for the members; see `random_subsets`.
+        losses: of the test samples, of models trained on the subsets, ``(n_subsets, n_test)``; or with several seeds a
+            subset, whose mean counts, ``(n_subsets, n_seeds, n_test)``; see `retrain`.
+
+    Returns:
+        The mean over test samples with its interval; ``each`` is the correlation of each ``(n_test,)``, zero where
+        predictions or losses are all equal.
+
+    Raises:
+        DataError: if the shapes do not fit together.
+        NonFiniteError: if losses are NaN or infinite.
+    """
+    subsets, losses = np.asarray(subsets), np.asarray(losses, dtype=np.float64)
+    losses = losses.mean(1) if losses.ndim == 3 else losses
+    scores = da.asarray(scores.data if isinstance(scores, xr.DataArray) else scores)
+    wanted = (losses.shape[-1], subsets.shape[-1]), (len(subsets), losses.shape[-1])
+    if (scores.shape, losses.shape) != wanted or len(subsets) < 3:
+        raise DataError(
+            f"scores {scores.shape}, subsets {subsets.shape} and losses {losses.shape} do not fit together: they are "
+            "(n_test, n_train), (n_subsets, n_train) and (n_subsets, n_test), with three subsets or more"
+        )
+    if not np.isfinite(losses).all():
+        raise NonFiniteError("losses of retrained models are NaN or infinite: did the training diverge?", ())
+    predicted = np.asarray((scores.astype(np.float64) @ da.from_array(subsets.T.astype(np.float64))).compute()).T
+    return Estimate.of(np.mean, _rank_correlations(-predicted, losses))
+
+
+def _rank_correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Spearman's, of each column of a with that of b."""
+    ranks = [stats.rankdata(side, axis=0) for side in (a, b)]
+    ranks = [side - side.mean(0) for side in ranks]
+    sizes = np.sqrt(np.prod([(side**2).sum(0) for side in ranks], axis=0))
+    correlations: np.ndarray = np.zeros_like(sizes)
+    np.divide((ranks[0] * ranks[1]).sum(0), sizes, out=correlations, where=sizes > 0)
+    return correlations
+
+
+def mislabel_detection(self_influences: Any, is_wrong: Any) -> Estimate:
+    """How well self-influence finds wrong labels: the area under the ROC curve.
+
+    The chance that a wrong sample has a higher self-influence than a right one; 0.5 is chance.
+
+    Args:
+        self_influences: ``(n,)``, or any other suspicion.
+        is_wrong: ``(n,)``, true where the label is known to be wrong.
+
+    Raises:
+        DataError: if there is no wrong, or no right one.
+    """
+    suspicion, wrong = np.asarray(self_influences, dtype=np.float64), np.asarray(is_wrong, dtype=bool)
+    if suspicion.shape != wrong.shape or suspicion.ndim != 1:
+        raise DataError(f"self_influences {suspicion.shape} and is_wrong {wrong.shape} must be one number a sample")
+    if wrong.all() or not wrong.any():
+        raise DataError("to tell right from wrong labels takes some of each")
+
+    def area(values: np.ndarray, is_wrong: np.ndarray) -> float:
+        n_wrong = int(is_wrong.sum())
+        n_right = len(is_wrong) - n_wrong
+        if n_wrong == 0 or n_right == 0:  # of a bootstrap sample
+            return 0.5
+        ranks = stats.rankdata(values)[is_wrong > 0].sum()
+        return float((ranks - n_wrong * (n_wrong + 1) / 2) / (n_wrong * n_right))
+
+    return Estimate.of(area, suspicion, wrong)
+
+
+def retrain(
+    train: Train,
+    subsets: Any,
+    test: DataLike,
+    path: str | os.PathLike[str],
+    *,
+    loss: Loss = F.cross_entropy,
+    seeds: int = 1,
+    client: Any = None,
+    sequential: bool = False,
+    progress: bool | ProgressCallback = False,
+) -> xr.Dataset:
+    """Train models on subsets of the training samples, and take their losses on test samples.
+
+    Each model is a task; what is done is stored. The same call again goes on where this was interrupted, and reads what
+    is finished.
+
+    Args:
+        train: ``train(indices, seed)`` gives a model, ready to be evaluated. It is sent to the workers with all that it
+            refers to: let it read large data itself.
+        subsets: ``(n_subsets, n_train)``, true for the members; see `random_subsets`.
+        test: anything `Data.of` takes.
+        path: folder of the store, on a file system that all workers share.
+        loss: of one test sample, as for `Problem`.
+        seeds: models for each subset, with seeds 0, 1, ...
+        client: a Dask client; None: the current one, or a local cluster with a worker a core.
+        sequential: train in this process, without Dask.
+        progress: show a bar, or call a function with each `Progress`.
+
+    Returns:
+        ``losses (subset, seed, test)`` and ``subsets (subset, train)``, as xarray opens the store.
+
+    Raises:
+        DataError: if subsets are not ``(n_subsets, n_train)`` booleans, or one is empty.
+        StoreMismatchError: if the store there was made by something else; it says what differs.
+        RunError: if trainings failed twice. The others are stored.
+        Interrupted: on Ctrl-C, or when the process is told to end (SIGTERM).
+    """
+    members, data = np.asarray(subsets), Data.of(test)
+    if members.dtype != bool or members.ndim != 2 or not members.any(1).all():
+        raise DataError("subsets must be (n_subsets, n_train), true for members, none of them empty")
+    job = Retraining(train, members, data, loss, seeds)
+    store = Store.find(local_path(path)) or job.create(local_path(path))
+    store.require(job.identity())
+    if not store.is_complete:
+        job, callback = replace(job, store=store.path, store_id=store.id), as_callback(progress)
+        executors = nullcontext(SequentialExecutor()) if sequential else dask_executor(client)
+        with resumable(store), executors as executor, workplace(job, executor, store, callback) as do:
+            done, failures = store.done("retrain"), list[tuple[str, BaseException]]()
+            todo = [task for task in range(job.n_tasks) if task not in done]
+            tracker = Tracker("retrain", job.n_tasks, job.n_tasks, len(done), len(done), callback)
+            for outcome in executor.run(do(retrain_task), todo, "retrain"):
+                if outcome.error is not None:
+                    subset, seed = divmod(outcome.task, seeds)
+                    failures.append((f"training on subset {subset} with seed {seed}", outcome.error))
+                tracker.update(1, outcome.receipt)
+            if failures:
+                raise_failures(failures, "retrain", len(failures), store)
+    store.drop_work()
+    found: xr.Dataset = xr.open_zarr(store.path)
+    return found.assign(subsets=(("subset", "train"), members))
+
+
+def leave_one_out(
+    scores: Any, train: Train, test: DataLike, path: str | os.PathLike[str], *, samples: Sequence[int], **options: Any
+) -> Estimate:
+    """The rank correlation of scores with what retraining without a single training sample does.
+
+    Where training is not deterministic, what one sample does is small beside what the seed does: take many seeds.
+
+    Args:
+        scores: ``(n_test, n_train)``; see `linear_datamodeling_score`.
+        train: see `retrain`.
+        test: see `retrain`; those of the scores.
+        path: see `retrain`.
+        samples: training samples that are left out, one at a time; three or more.
+        options: of `retrain`.
+
+    Returns:
+        As `linear_datamodeling_score`.
+    """
+    subsets = np.ones((len(samples), scores.shape[1]), dtype=bool)
+    subsets[np.arange(len(samples)), list(samples)] = False
+    return linear_datamodeling_score(scores, subsets, retrain(train, subsets, test, path, **options)[LOSSES])
+
+
+def is_misclassified(output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """A "loss" that is one where the highest class score is not that of the label, and else zero."""
+    return (output.argmax(-1) != y).to(output.dtype).sum()
+
+
+def topk_removal(
+    scores: Any,
+    train: Train,
+    test: DataLike,
+    path: str | os.PathLike[str],
+    *,
+    ks: Sequence[int],
+    loss: Loss = is_misclassified,
+    **options: Any,
+) -> xr.Dataset:
+    """What is lost when the training samples that help a test sample most are removed (brittleness, Ilyas et al. 2022).
+
+    For each test sample and each k two models for each seed: without the k samples of the highest scores, and without k
+    random ones. So take few test samples.
+
+    Args:
+        scores: ``(n_test, n_train)``, in memory.
+        train: see `retrain`.
+        test: see `retrain`; those of the scores.
+        path: see `retrain`.
+        ks: how many are removed.
+        loss: what is lost; by default whether the test sample is misclassified.
+        options: of `retrain`.
+
+    Returns:
+        ``top (k, test)`` and ``random (k, test)``: means over seeds of the loss of each test sample where its own
+        strongest samples, or random ones, are missing.
+
+    Raises:
+        DataError: if a k is not between 1 and the number of training samples.
+    """
+    values = np.asarray(scores)
+    n_test, n_train = values.shape
+    if not all(1 <= k < n_train for k in ks):
+        raise DataError(f"ks are numbers of training samples to remove, from 1 to {n_train - 1}, not {list(ks)}")
+    order, generator = np.argsort(-values, axis=1, kind="stable"), np.random.default_rng(0)
+    subsets = np.ones((2, len(ks), n_test, n_train), dtype=bool)
+    for i in range(n_test):
+        for j, k in enumerate(ks):
+            subsets[0, j, i, order[i, :k]] = False
+            subsets[1, j, i, generator.choice(n_train, k, replace=False)] = False
+    found = retrain(train, subsets.reshape(-1, n_train), test, path, loss=loss, **options)[LOSSES].mean("seed").values
+    own = found.reshape(2, len(ks), n_test, n_test).diagonal(axis1=2, axis2=3)
+    axes = {"k": list(ks), "test": np.arange(n_test)}
+    return xr.Dataset({name: (("k", "test"), part) for name, part in zip(("top", "random"), own, strict=True)}, axes)
+
+
+@dataclass(frozen=True)
+class Retraining:
+    """What the tasks of `retrain` need; see there."""
+
+    train: Train
+    subsets: np.ndarray
+    test: Data
+    loss: Loss
+    seeds: int
+    store: Path | None = None
+    store_id: str = ""
+    threads: int | None = None
+    baseline_bytes: int = 0
+
+    @property
+    def n_tasks(self) -> int:
+        """One for each subset and seed."""
+        return len(self.subsets) * self.seeds
+
+    def identity(self) -> dict[str, Any]:
+        """What the losses depend on."""
+        return {
+            "results": "retrain",
+            "train": fingerprint(self.train),
+            "subsets": fingerprint(self.subsets),
+            "seeds": self.seeds,
+            "test_data": self.test.fingerprint,
+            "loss": fingerprint(self.loss),
+            "versions": major_versions(),
+        }
+
+    def create(self, path: Path) -> Store:
+        """Make the store."""
+        shape = len(self.subsets), self.seeds, len(self.test)
+        about = {"of": "models trained on subsets of the training samples"}
+        spec = ArraySpec(LOSSES, shape, (1, 1, shape[2]), "float64", ("subset", "seed", "test"), about)
+        axes = {dim: np.arange(n) for dim, n in zip(spec.dims, shape, strict=True)}
+        tasks = {"retrain": self.n_tasks}
+        identity = {"identity": self.identity(), "plan": None, "memory_limit": None, "basis": None, "tasks": tasks}
+        return Store.create(path, [spec], axes, identity | made_now())
+
+    def shipped(self, store: Store) -> Self:
+        """See `Ships`."""
+        return replace(self, test=self.test.stored(partial(store.put_input, self.test.fingerprint)))
+
+    def arrived(self, baseline_bytes: int) -> Self:
+        """See `Ships`."""
+        return replace(self, baseline_bytes=baseline_bytes)
+
+
+def retrain_task(job: Retraining, task: int, attempt: int = 0) -> dict[str, Any]:  # noqa: ARG001
+    """Train a model, and store its losses."""
+    assert job.store is not None
+    store = Store(job.store)
+    if store.id != job.store_id:
+        raise StoreError(f"{job.store} has been replaced by another store")
+    finished = store.receipt("retrain", task)
+    if finished is not None:
+        return finished
+    record, (subset, seed) = Record(store, job.baseline_bytes), divmod(task, job.seeds)
+    with record("train"), torch.enable_grad(), torch.random.fork_rng():
+        model = job.train(np.flatnonzero(job.subsets[subset]), seed)
+    with record("losses"), torch.no_grad():
+        problem = Problem(model, job.loss)
+        losses = torch.cat([problem.losses(*batch) for batch in job.test.batches(problem.batch_size)])
+    record.write(
+        LOSSES,
+        (slice(subset, subset + 1), slice(seed, seed + 1), slice(0, len(losses))),
+        to_numpy(losses.double())[None, None],
+    )
+    receipt = {"stage": "retrain", "task": task, "start": task, "stop": task + 1, **record.report()}
+    store.leave_receipt("retrain", task, receipt)
+    return {key: value for key, value in receipt.items() if key != "written"}
