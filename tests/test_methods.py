@@ -20,6 +20,7 @@ from outfluence import (
     CgInfluence,
     Data,
     DirectInfluence,
+    EkfacCgInfluence,
     EkfacInfluence,
     EkfacPreconditioner,
     InverseHarmonicMeanInfluence,
@@ -28,7 +29,9 @@ from outfluence import (
     NystroemPreconditioner,
     NystroemSketchInfluence,
     Problem,
+    compute_influences,
 )
+from outfluence.curvature import Curvature
 from outfluence.data import tree_map
 from outfluence.errors import (
     ConvergenceError,
@@ -492,6 +495,32 @@ def test_ekfac_takes_a_third_of_the_iterations_of_plain_cg_on_a_trained_network(
         assert info["converged"].all()
         counts[name] = int(info["iterations"].max())
     assert counts["ekfac"] <= counts["plain"] / 3, counts
+
+
+def test_ekfac_cg_equals_the_gauss_newton_solve_in_few_products(monkeypatch):
+    model, (x, y) = trained_digits()
+    test, passes = (x[:60], y[:60]), []
+    exact = DirectInfluence(model, F.cross_entropy, 1e-3, second_order_mode="gauss_newton").fit((x, y))
+    expected = exact.influences(*test, x, y)
+    plain = EkfacInfluence(model, True, 1e-3).fit((x, y)).influences(*test, x, y)
+    matmat = Curvature.matmat
+    monkeypatch.setattr(Curvature, "matmat", lambda self, v: passes.append(v.shape[1]) or matmat(self, v))
+    for rtol, most, error in ((0.3, 8, 0.1), (0.1, 10, 0.03), (1e-4, 20, 1e-4)):
+        passes.clear()
+        influence = EkfacCgInfluence(model, F.cross_entropy, 1e-3, rtol=rtol).fit((x, y))
+        found = influence.influences(*test, x, y)
+        assert (found - expected).norm() < error * expected.norm()
+        assert len(passes) <= most
+    assert (plain - expected).norm() > 0.3 * expected.norm()
+    called = compute_influences(
+        Problem(model, F.cross_entropy),
+        (x, y),
+        test_data=test,
+        inversion_method="ekfac_cg",
+        hessian_regularization=1e-3,
+        rtol=1e-4,
+    )
+    assert torch.allclose(called, found)
 
 
 def test_the_ekfac_preconditioner_maps_parameters_by_name():

@@ -15,6 +15,7 @@ from outfluence import (
     CgInfluence,
     DaskInfluenceCalculator,
     DirectInfluence,
+    EkfacCgInfluence,
     EkfacInfluence,
     EkfacPreconditioner,
     InfluenceMode,
@@ -81,6 +82,11 @@ def test_every_public_name_is_there():
             "model, loss, regularization=None, rtol=0.0001, atol=1e-06, maxiter=None, progress=False, "
             "precompute_grad=False, preconditioner=None, solve_simultaneously=False, warn_on_max_iteration=True, "
             "block_structure=FULL, second_order_mode=HESSIAN",
+        ),
+        (
+            EkfacCgInfluence,
+            "model, loss, regularization, rtol=0.1, maxiter=100, progress=False, seed=0, warn_on_max_iteration=True, "
+            "block_structure=FULL",
         ),
         (
             LissaInfluence,

@@ -20,6 +20,7 @@ from outfluence.influence import (
     ArnoldiInfluence,
     CgInfluence,
     DirectInfluence,
+    EkfacCgInfluence,
     EkfacInfluence,
     InfluenceModel,
     InverseHarmonicMeanInfluence,
@@ -38,6 +39,7 @@ METHODS: dict[str, Any] = {
     "arnoldi": ArnoldiInfluence,
     "nystroem": NystroemSketchInfluence,
     "ekfac": EkfacInfluence,
+    "ekfac_cg": EkfacCgInfluence,
     "harmonic": InverseHarmonicMeanInfluence,
 }
 
@@ -121,7 +123,7 @@ def compute_influences(
         training_data: what the curvature is taken over; anything `Data.of` takes, as the two that follow.
         test_data: whose loss is influenced; None: the training data.
         input_data: whose influence it is; None: the training data.
-        inversion_method: direct, cg, lissa, arnoldi, nystroem, ekfac or harmonic.
+        inversion_method: direct, cg, ekfac_cg, lissa, arnoldi, nystroem, ekfac or harmonic.
         influence_type: perturb weights ("up") or features ("perturbation").
         hessian_regularization: lambda, one for all blocks or one for each.
         progress: show bars.

@@ -25,7 +25,7 @@ from outfluence.data import Batch, Data, DataLike, Tree, tree_leaves, tree_map
 from outfluence.errors import DataError, NotFittedError, OutfluenceError, ProblemError
 from outfluence.machine import float32_products, keep_memory
 from outfluence.modes import BlockMode, FisherMode, InfluenceMode, SecondOrderMode, WeightSharing
-from outfluence.preconditioners import Preconditioner
+from outfluence.preconditioners import EkfacPreconditioner, Preconditioner
 from outfluence.problem import Loss, Problem
 from outfluence.rows import DenseRows, GradientRows, Rows, check_finite
 from outfluence.solvers import Inverse, Regularization, Solver, per_block
@@ -640,6 +640,52 @@ class NystroemSketchInfluence(InfluenceModel):
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
     ) -> None:
         solver = NystroemSolver(regularization, rank, SecondOrderMode(second_order_mode))
+        super().__init__(Problem(model, loss, block_structure), solver)
+
+
+@final
+class EkfacCgInfluence(InfluenceModel):
+    """The exact inverse of the Gauss-Newton matrix, by block conjugate gradient with EK-FAC as preconditioner.
+
+    Of all methods here the one that predicts retraining best. For many test samples at once it takes few passes over
+    the data: the first search directions are their EK-FAC factors, and each sample uses those of all. `CgInfluence`
+    with an `EkfacPreconditioner` is the same with more to choose.
+
+    Args:
+        model: the trained model.
+        loss: see `Problem`; of a known distribution (see `EkfacInfluence`).
+        regularization: lambda > 0: the Gauss-Newton matrix of a network is singular.
+        rtol: a test sample is done when its residual is below ``rtol |g|``. Scores are off by some tenth of that.
+        maxiter: most products.
+        progress: show a bar over products.
+        seed: of the labels that EK-FAC draws.
+        warn_on_max_iteration: warn, with the residual, if the tolerance was not reached.
+        block_structure: blocks of parameters between which curvature is ignored.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        regularization: Regularization,
+        rtol: float = 0.1,
+        maxiter: int = 100,
+        progress: bool = False,
+        seed: int = 0,
+        warn_on_max_iteration: bool = True,
+        block_structure: BlockMode | str | Blocks = BlockMode.FULL,
+    ) -> None:
+        solver = CgSolver(
+            regularization,
+            SecondOrderMode.GAUSS_NEWTON,
+            rtol,
+            0.0,
+            maxiter,
+            progress,
+            preconditioner=EkfacPreconditioner(EkfacInfluence(model, True, loss=loss, seed=seed)),
+            solve_simultaneously=True,
+            warn_on_max_iteration=warn_on_max_iteration,
+        )
         super().__init__(Problem(model, loss, block_structure), solver)
 
 
