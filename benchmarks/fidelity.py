@@ -1,17 +1,20 @@
-"""Which method predicts retraining best, and what it costs: python benchmarks/fidelity.py [PROBLEM ...] [--store FOLDER].
+"""Which method predicts retraining, and what it costs: python benchmarks/fidelity.py [PROBLEM ...] [--store FOLDER].
 
 For each problem (see `PROBLEMS`) models are trained on random halves of the training data, with several seeds
 (`outfluence.fidelity.retrain`; kept in ``--store``, so that a second run trains nothing). For each method one line of
-JSON: the linear datamodeling score, the mean over test samples of the rank correlation over the halves between the sum
-of the scores of a half's samples and the loss of the models trained on it, with its 95% bootstrap interval; of the
-scores of one model trained on all data (``one``), and of their mean over `MODELS` models of other seeds (``mean``).
-`cpu` are CPU seconds for one model, from data in memory to scores in memory.
+JSON: the linear datamodeling score (Park et al. 2023), which is the mean over test samples of the rank correlation,
+over the halves, of the sum of the scores of a half's samples with the loss of the models trained on it; with its 95%
+bootstrap interval. ``one``: of the scores of one model trained on all data; ``mean``: of their mean over `MODELS`
+models of other seeds. `cpu` are CPU seconds for one model, from data in memory to scores in memory; the first model
+is not counted (torch loads what it needs). The number in a method's name is the regularization. ``--table FILE`` turns
+lines that were kept into a table in Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -23,9 +26,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.datasets import load_digits
 from torch import nn
 
-from outfluence import CgInfluence, DirectInfluence, EkfacInfluence, EkfacPreconditioner
+from outfluence import ArnoldiInfluence, DirectInfluence, EkfacCgInfluence, EkfacInfluence, Problem
 from outfluence.fidelity import linear_datamodeling_score, random_subsets, retrain
 
 MODELS = 5
@@ -35,11 +39,8 @@ class Digits:
     """1,797 digits of 8 x 8, a network 64-64-10."""
 
     n_train, n_test, n_subsets, seeds = 1200, 200, 100, 5
-    damping = 1e-3
 
     def __init__(self):
-        from sklearn.datasets import load_digits
-
         digits = load_digits()
         order = np.random.default_rng(0).permutation(len(digits.target))
         x = torch.tensor(digits.data[order] / 16, dtype=torch.float32)
@@ -50,6 +51,7 @@ class Digits:
         )
 
     def model(self):
+        """A network of 4,810 parameters."""
         return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 
     loss = staticmethod(F.cross_entropy)
@@ -75,26 +77,62 @@ PROBLEMS = {"digits": Digits}
 
 
 def methods(problem):
-    """By name: what makes a fitted influence model of a trained model."""
+    """By name: what makes an influence model of a trained model."""
     loss = problem.loss
+    yield "gradients alone", None
     for damping in (1e-4, 1e-3, 1e-2):
-        yield f"EK-FAC, {damping:g}", lambda model, damping=damping: EkfacInfluence(model, True, damping)
+        yield f"K-FAC, {damping:g}", lambda m, d=damping: EkfacInfluence(m, False, d)
+        yield f"EK-FAC, {damping:g}", lambda m, d=damping: EkfacInfluence(m, True, d)
+        yield f"EK-FAC, exact Fisher, {damping:g}", lambda m, d=damping: EkfacInfluence(m, True, d, fisher="exact")
+    for tolerance in (0.02, 0.1):
         yield (
-            f"EK-FAC, exact Fisher, {damping:g}",
-            lambda model, damping=damping: EkfacInfluence(model, True, damping, fisher="exact"),
+            f"EK-FAC, 0.0001, tolerance {tolerance:g}",
+            lambda m, t=tolerance: EkfacInfluence(m, True, 1e-4, tolerance=t),
         )
-    for damping in (1e-4, 1e-3, 1e-2):
+    for damping, rtol in itertools.product((1e-3, 1e-2), (0.3, 0.1)):
+        yield (
+            f"EK-FAC CG, {damping:g}, rtol {rtol:g}",
+            lambda m, d=damping, r=rtol: EkfacCgInfluence(m, loss, d, rtol=r),
+        )
+    for damping in (1e-3, 1e-2):
         yield (
             f"Gauss-Newton, {damping:g}",
-            lambda model, damping=damping: DirectInfluence(model, loss, damping, second_order_mode="gauss_newton"),
+            lambda m, d=damping: DirectInfluence(m, loss, d, second_order_mode="gauss_newton"),
         )
+        yield (
+            f"Arnoldi, rank 100, {damping:g}",
+            lambda m, d=damping: ArnoldiInfluence(m, loss, d, rank=100, tol=1e-2, second_order_mode="gauss_newton"),
+        )
+
+
+def scores_of(make, model, problem):
+    """With the CPU seconds that they take."""
+    start = time.process_time()
+    if make is None:
+        rows = [Problem(model, problem.loss).gradients(*data) for data in (problem.test, problem.train)]
+        scores = rows[0].dot(rows[1])
+    else:
+        scores = make(model).fit(problem.train).influences(*problem.test, *problem.train)
+    return scores.numpy(), time.process_time() - start
+
+
+def table(lines):
+    """In Markdown."""
+    rows = ["| problem | method | one model | mean of five | CPU s |", "|---|---|---|---|---|"]
+    rows += [f"| {d['problem']} | {d['method']} | {d['one']} | {d['mean']} | {d['cpu']} |" for d in lines]
+    return "\n".join(rows)
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("problems", nargs="*")
     parser.add_argument("--store")
+    parser.add_argument("--table")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table([json.loads(line) for line in Path(arguments.table).read_text().splitlines()]))
+        return
+    torch.set_num_threads(1)
     about = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         **{name: importlib.metadata.version(name) for name in ("outfluence", "torch")},
@@ -104,25 +142,16 @@ def main():
         for name in arguments.problems or PROBLEMS:
             problem = PROBLEMS[name]()
             subsets = random_subsets(problem.n_train, problem.n_subsets)
-            found = retrain(
-                problem,
-                subsets,
-                problem.test,
-                Path(arguments.store or own) / f"{name}.zarr",
-                loss=problem.loss,
-                seeds=problem.seeds,
-                progress=True,
-            )
+            path = Path(arguments.store or own) / f"{name}.zarr"
+            found = retrain(problem, subsets, problem.test, path, loss=problem.loss, seeds=problem.seeds)
             losses = found.losses.values
             models = [problem(np.arange(problem.n_train), seed) for seed in range(MODELS)]
             for method, make in methods(problem):
-                scores, cpu = [], time.process_time()
-                for model in models:
-                    influence = make(model).fit(problem.train)
-                    scores.append(influence.influences(*problem.test, *problem.train).numpy())
-                cpu = (time.process_time() - cpu) / len(models)
+                scores, cpu = zip(*(scores_of(make, model, problem) for model in models), strict=True)
                 one, mean = (linear_datamodeling_score(s, subsets, losses) for s in (scores[0], np.mean(scores, 0)))
-                line = {"problem": name, "method": method, "one": str(one), "mean": str(mean), "cpu": round(cpu, 2)}
+                line = {"problem": name, "method": method, "one": str(one), "mean": str(mean)}
+                line |= {"cpu": round(float(np.mean(cpu[1:])), 3), "n_train": problem.n_train, "n_test": problem.n_test}
+                line |= {"subsets": problem.n_subsets, "seeds": problem.seeds, "models": MODELS}
                 print(json.dumps(line | about), flush=True)
 
 

@@ -32,7 +32,7 @@ class AsTold(nn.Module):
 
 @pytest.fixture
 def medium_is_not_better(monkeypatch):
-    monkeypatch.setattr(machine, "_is_faster_and_exact", lambda: False)
+    monkeypatch.setattr(machine, "_is_onednn_exact", lambda: False)
 
 
 @pytest.fixture
@@ -69,32 +69,90 @@ def test_the_setting_is_put_back_also_after_errors():
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_less_exact_products_are_not_taken(monkeypatch):
-    monkeypatch.setattr(machine, "_error", lambda *_: 3e-3)  # of bfloat16
-    machine._is_faster_and_exact.cache_clear()
+@pytest.fixture
+def on_amd(monkeypatch):
+    """As if the processor were one of AMD with AVX-512."""
+    cpuinfo = "vendor_id : AuthenticAMD\nflags : fpu avx512f"
+    monkeypatch.setattr(machine.Path, "read_text", lambda _self: cpuinfo)
+    machine._is_onednn_exact.cache_clear()
+    yield
+    machine._is_onednn_exact.cache_clear()
+
+
+@pytest.mark.usefixtures("on_amd")
+@pytest.mark.parametrize(("error", "chosen"), [(3e-3, "highest"), (1e-7, "medium")])
+def test_less_exact_products_are_not_taken(error, chosen, monkeypatch):
+    """3e-3 is the error of bfloat16."""
+    monkeypatch.setattr(machine, "_error", lambda *_: error)
+    with float32_products(CPU):
+        assert torch.get_float32_matmul_precision() == chosen
+
+
+def test_the_trial_is_of_float32_on_the_cpu_whatever_the_default():
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert 1e-9 < machine._error(16, 16, 64) < 1e-5
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_other_processors_are_left_alone(monkeypatch):
+    monkeypatch.setattr(machine.Path, "read_text", lambda _self: "vendor_id : GenuineIntel\nflags : avx512f")
+    machine._is_onednn_exact.cache_clear()
     try:
         with float32_products(CPU):
             assert torch.get_float32_matmul_precision() == "highest"
     finally:
-        machine._is_faster_and_exact.cache_clear()
+        machine._is_onednn_exact.cache_clear()
 
 
 def test_other_devices_get_what_was_asked_for(monkeypatch):
-    monkeypatch.setattr(machine, "_is_faster_and_exact", lambda: True)
+    monkeypatch.setattr(machine, "_is_onednn_exact", lambda: True)
     with float32_products(torch.device("cuda")):
         assert torch.get_float32_matmul_precision() == "highest"
     with float32_products(CPU):
         assert torch.get_float32_matmul_precision() == "medium"
+        assert precision_asked() == "highest"
         with float32_products(CPU):
             assert torch.get_float32_matmul_precision() == "medium"
+    with float32_products(CPU, "high"), float32_products(CPU):
+        assert torch.get_float32_matmul_precision() == "high"
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_threads_that_overlap_leave_it_as_it_was(monkeypatch):
+    monkeypatch.setattr(machine, "_is_onednn_exact", lambda: True)
+    first, second = float32_products(CPU), float32_products(CPU, "high")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.get_float32_matmul_precision() == "high"
+    second.__exit__(None, None, None)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_settings_of_backends_are_put_back(monkeypatch):
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("this version of torch has no settings for each backend")
+    monkeypatch.setattr(machine, "_is_onednn_exact", lambda: True)
+    kept = matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    with float32_products(CPU):
+        assert matmul.fp32_precision == "bf16"
+    assert (matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision) == kept
 
 
 def test_what_is_set_for_each_backend_is_left_alone(monkeypatch):
     def mixed():
         raise RuntimeError("mix of the legacy and new APIs")
 
+    def never(_precision):
+        raise AssertionError("set")
+
     monkeypatch.setattr(torch, "get_float32_matmul_precision", mixed)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", never)
+    monkeypatch.setattr(machine, "_is_onednn_exact", lambda: True)
     assert precision_asked() == ""
     with float32_products(CPU):
         pass

@@ -497,6 +497,20 @@ def test_ekfac_takes_a_third_of_the_iterations_of_plain_cg_on_a_trained_network(
     assert counts["ekfac"] <= counts["plain"] / 3, counts
 
 
+@pytest.mark.parametrize("tol", [1e-6, 1e-4])
+def test_eigenvalues_that_are_there_several_times_are_found_as_often(tol):
+    """Of squared errors of d outputs each eigenvalue of the Gauss-Newton matrix is there d times."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(30, 10, bias=False).double(), torch.randn(200, 30).double()
+    data = x, torch.zeros(200, 10).double()
+    influence = ArnoldiInfluence(
+        model, lambda z, y: (z - y).square().sum() / 2, 0.1, rank=10, tol=tol, second_order_mode="gauss_newton"
+    )
+    found = influence.fit(data).inverse.values["all"]
+    largest = torch.linalg.eigvalsh(x.T @ x / 200)[-1]
+    assert torch.allclose(found, largest.expand(10), rtol=2 * tol)
+
+
 def test_ekfac_cg_equals_the_gauss_newton_solve_in_few_products(monkeypatch):
     model, (x, y) = trained_digits()
     test, passes = (x[:60], y[:60]), []

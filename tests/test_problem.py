@@ -344,3 +344,46 @@ def test_of_what_is_compiled_the_original_is_run(what):
     assert not ran
     model(case.train[0])
     assert ran  # for the user it stays compiled
+
+
+class Tempered(nn.Module):
+    """A number without axes that is given to a function nobody knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.log_scale = nn.Linear(3, 2), nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x):
+        return self.layer(x) * self.log_scale.exp()
+
+
+class Weighted(nn.Module):
+    """A loss with parameters of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
+
+    def forward(self, z, y):
+        return (F.cross_entropy(z, y, reduction="none") * self.weight[y]).sum()
+
+
+def test_dense_gradients_of_whatever_is_differentiable():
+    torch.manual_seed(0)
+    model, x, y = Tempered().double(), torch.randn(5, 3).double(), torch.tensor([0, 1, 1, 0, 1])
+    expected = reference.gradients(model, F.cross_entropy, x, y)
+    assert np.allclose(Problem(model, F.cross_entropy).gradients(x, y).dense().values, expected)
+    assert np.allclose(Problem(model, F.cross_entropy).gradients(x.requires_grad_(), y).dense().values, expected)
+    x, loss = x.detach(), Weighted()
+    rows = Problem(model, loss).gradients(x, y)
+    assert not rows.values.requires_grad
+    assert np.allclose(rows.values, reference.gradients(model, loss, x, y))
+    influence = DirectInfluence(model, loss, 0.1).fit((x, y))
+    assert influence.influences(x, y).shape == (5, 5)
+
+
+def test_blocks_of_a_compiled_model_go_by_either_name():
+    model = torch.compile(nn.Sequential(nn.Linear(3, 2)), backend="eager")
+    names = [name for name, _ in model.named_parameters()]
+    assert names[0] == "_orig_mod.0.weight"
+    assert Problem(model, F.cross_entropy, {"a": names}).blocks == {"a": ("0.weight", "0.bias")}

@@ -190,9 +190,9 @@ def eigenpairs(
 ) -> tuple[Tensor, Tensor]:
     """The eigenvalues of largest magnitude and their eigenvectors: ``(k,)`` and ``(P, k)``, the largest first.
 
-    By a block Lanczos method with thick restarts (Golub & Underwood 1977; Wu & Simon 2000), where half of `rank`
-    vectors share each product: fewer products than one by one, and fewer vectors than all at once. Where its space
-    would be the whole one, by building the matrix.
+    By a block Lanczos method with thick restarts (Golub & Underwood 1977; Wu & Simon 2000), where `rank` vectors share
+    each product, so that it takes few, and eigenvalues that are there several times are found as often (as those of
+    squared errors of several outputs are); where its space would be the whole one, by building the matrix.
 
     Args:
         matmat: products with the matrix.
@@ -249,7 +249,7 @@ def _block_lanczos(
             yield space[: start + new.shape[1]].T
 
     rounding = 10 * torch.finfo(like.dtype).eps
-    width = min(-(-rank // 2), dimension - rank)
+    width = min(rank, dimension - rank)
     new = torch.linalg.qr(random(width))[0]
     (basis, images), restarts, found = with_columns(0, new, multiply(new)), 0, 0
     while True:

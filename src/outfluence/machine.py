@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,9 +36,12 @@ def precision_asked() -> str:
 
     "" if torch cannot tell, because it was told by each backend.
     """
-    with suppress(RuntimeError):
-        return torch.get_float32_matmul_precision()
-    return ""
+    with _LOCK:
+        if _inside:
+            return _inside[0][0]
+        with suppress(RuntimeError):
+            return torch.get_float32_matmul_precision()
+        return ""
 
 
 @contextmanager
@@ -46,45 +51,69 @@ def float32_products(device: torch.device, asked: str | None = None) -> Iterator
     torch leaves them to MKL, which does not use the AVX-512 of processors made by AMD. oneDNN does, and is asked for
     them by "medium", which allows it to round to bfloat16; it does so only where a processor has units for that (AMX).
     Where there are none a product takes half the time, with an error of float32: "highest" is what it says. Whether
-    it is so is tried once in a process.
+    that is so is tried once in a process.
 
     Args:
         device: where.
         asked: see `precision_asked`; None: as it is here.
     """
     before = precision_asked()
-    asked = asked or before
-    if not before or not asked:
+    target = asked or before
+    if target == "highest" and device.type == "cpu" and _is_onednn_exact():
+        target = "medium"
+    if not before or (_inside and asked is None) or (not _inside and target == before):
         yield
         return
-    better = asked == "highest" and device.type == "cpu" and _is_faster_and_exact()
-    torch.set_float32_matmul_precision("medium" if better else asked)
+    with _LOCK:
+        _inside.append((before, _of_backends()))
+        torch.set_float32_matmul_precision(target)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        with _LOCK:
+            was, of_backends = _inside.pop()
+            if not _inside:  # the last of several threads: as it was before the first
+                torch.set_float32_matmul_precision(was)
+                for backend, precision in of_backends:
+                    backend.fp32_precision = precision
+
+
+#: What was set before, for each that is inside of `float32_products`; the first entry before any was.
+_inside: list[tuple[str, list[tuple[Any, str]]]] = []
+_LOCK = threading.RLock()
+
+
+def _of_backends() -> list[tuple[Any, str]]:
+    """What newer versions of torch keep for each backend, and the function that sets all of them overwrites."""
+    if _inside:
+        return _inside[0][1]
+    found: list[Any] = [getattr(backend, "matmul", None) for backend in (torch.backends.cuda, torch.backends.mkldnn)]
+    return [(backend, backend.fp32_precision) for backend in found if hasattr(backend, "fp32_precision")]
 
 
 @cache
-def _is_faster_and_exact() -> bool:
-    """Whether "medium" is faster than "highest" on this processor, and as exact."""
+def _is_onednn_exact() -> bool:
+    """Whether products are faster by "medium" than by "highest", and as exact: on AMD with AVX-512, after a trial."""
     processor = ""
     with suppress(OSError):
         processor = Path("/proc/cpuinfo").read_text()
     if "AuthenticAMD" not in processor or "avx512" not in processor:
         return False
-    before = torch.get_float32_matmul_precision()
+    before, of_backends = torch.get_float32_matmul_precision(), _of_backends()
     torch.set_float32_matmul_precision("medium")
     try:
         return all(_error(*shape) < _FLOAT32 for shape in ((64, 64, 64), (16, 48, 4096), (256, 300, 128)))
     finally:
         torch.set_float32_matmul_precision(before)
+        for backend, precision in of_backends:
+            backend.fp32_precision = precision
 
 
 def _error(m: int, n: int, k: int) -> float:
     """The largest relative error of products of matrices ``(m, k)`` and ``(k, n)``, of one and of several."""
-    a, b = (torch.arange(1.0, size + 1).sin() for size in (m * k, k * n))
+    options = {"dtype": torch.float32, "device": "cpu"}
+    a, b = (torch.arange(1.0, size + 1, **options).sin() for size in (m * k, k * n))  # type: ignore[call-overload]
     a, b = a.view(m, k), b.view(n, k).T
-    exact = a.double() @ b.double()
-    results = [a @ b, torch.addmm(torch.zeros(m, n), a, b), torch.bmm(a.expand(3, m, k), b.expand(3, k, n))[2]]
+    exact, zeros = a.double() @ b.double(), a.new_zeros(m, n)
+    results = [a @ b, torch.addmm(zeros, a, b), torch.bmm(a.expand(3, m, k), b.expand(3, k, n))[2]]
     return max(float((result - exact).norm() / exact.norm()) for result in results)

@@ -339,7 +339,8 @@ class Problem:
         for start in range(0, n, step):  # into memory that is there: new memory would cost more than the gradients
             part = partial(_at, slice(start, start + step))
             gradients = of_batch(chosen, tree_map(part, x), tree_map(part, y))
-            torch.cat([gradients[name].flatten(1) for name in chosen], dim=1, out=rows[start : start + step])
+            parts = [gradients[name].detach().reshape(-1, p.numel()) for name, p in chosen.items()]
+            torch.cat(parts, dim=1, out=rows[start : start + step])
         return rows
 
     def mixed_derivatives(self, directions: Tensor, x: Tree, y: Tree) -> Tensor:
@@ -526,7 +527,10 @@ def _blocks(structure: BlockMode | str | Mapping[str, Iterable[str]], names: lis
 
 def _own_blocks(structure: Mapping[str, Iterable[str]], names: list[str]) -> dict[str, tuple[str, ...]]:
     blocks = {
-        str(block): (members,) if isinstance(members, str) else tuple(members) for block, members in structure.items()
+        str(block): tuple(
+            name.removeprefix("_orig_mod.") for name in ((members,) if isinstance(members, str) else members)
+        )
+        for block, members in structure.items()
     }
     listed = [name for members in blocks.values() for name in members]
     twice = sorted({name for name in listed if listed.count(name) > 1})

@@ -53,7 +53,7 @@ class ArnoldiSolver:
     use_woodbury: bool = False
 
     def fit(self, problem: Problem, data: Data) -> LowRankInverse:
-        """One pass over the data for each step of the iteration, which takes up to half of ``rank`` vectors at once."""
+        """One pass over the data for each step of the iteration, which takes up to ``rank`` vectors at once."""
         _check_rank(self.rank)
         regularization = per_block(self.regularization, problem)
         pairs = {}
