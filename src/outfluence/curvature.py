@@ -139,7 +139,8 @@ class BatchMatrix:
         def in_parts(rows: Tensor) -> Tensor:
             if len(rows) == 0:
                 return rows
-            return torch.cat([multiply(part) for part in torch.split(rows, VECTORS)])
+            # Detached: a loss may have parameters of its own.
+            return torch.cat([multiply(part).detach() for part in torch.split(rows, VECTORS)])
 
         return in_parts
 
