@@ -153,6 +153,8 @@ def test_draws_depend_on_seed_and_index_only():
     wide = uniform_draws(5, 0, 1000, 6)
     assert np.array_equal(np.concatenate([uniform_draws(5, 0, 13, 6), uniform_draws(5, 13, 1000, 6)]), wide)
     assert np.abs(np.corrcoef(wide.T) - np.eye(6)).max() < 0.15
+    assert np.array_equal(uniform_draws(5, 0, 1000, 11)[:, :6], wide)  # padding does not matter
+    assert len(np.unique(uniform_draws(5, 0, 1000, 64))) == 64_000
     assert not np.array_equal(uniform_draws(6, 0, 10_000), whole)
     assert not np.array_equal(uniform_draws(5, 0, 10_000, stream=1), whole)
 

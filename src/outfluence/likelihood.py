@@ -185,13 +185,16 @@ def the_tensor(output: Any) -> Tensor:
 def uniform_draws(seed: int, start: int, stop: int, width: int = 1, stream: int = 0) -> np.ndarray:
     """Uniform numbers in (0, 1) for samples ``start`` to ``stop - 1``: float64 ``(n, width)``, from a counter.
 
-    A sample's numbers depend on the seed, the stream and its index only, so that batches, chunks and workers do not
-    matter (Philox, Salmon et al. 2011; a step of its counter gives four words).
+    A number depends on the seed, the stream, the index of its sample, and its place in the row only, so that batches,
+    chunks, workers and padding do not matter (Philox, Salmon et al. 2011). A step of the counter gives the four words
+    that are side by side in the row of a sample; each four have a counter of their own.
     """
-    bits, steps = np.random.Philox(key=seed + (stream << 64)), -(-width // 4)
-    bits.advance(start * steps)
-    words = bits.random_raw(4 * steps * (stop - start)).reshape(stop - start, 4 * steps)[:, :width]
-    return ((words >> np.uint64(12)) + 0.5) * 2.0**-52
+    n, words = stop - start, []
+    for four in range(-(-width // 4)):
+        bits = np.random.Philox(key=seed + (stream << 64), counter=[0, four, 0, 0])
+        bits.advance(start)
+        words.append(bits.random_raw(4 * n).reshape(n, 4))
+    return ((np.concatenate(words, 1)[:, :width] >> np.uint64(12)) + 0.5) * 2.0**-52
 
 
 def _gradients(problem: Problem, output: Any, outputs: Tensor, y: Tree) -> Tensor:

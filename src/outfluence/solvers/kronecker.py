@@ -185,6 +185,9 @@ class MomentSum:
                     continue
                 if factor.positions > 1:
                     some = factor.gradients.flatten(2).any(2)
+                    if self.problem.structure.units[name].kind == "mixed":  # either side may be the output gradient
+                        some &= factor.inputs.flatten(2).any(2)
+                        factor = Factor(factor.gradients * some[:, :, None, None], factor.inputs)  # noqa: PLW2901
                     counting[name] = counting[name] | some if name in counting else some
                 inputs[name] = factor
                 d = factor.gradients.sum(1, keepdim=True) if self._is_reduced else factor.gradients
@@ -218,7 +221,7 @@ class MomentSum:
             counting = None
         n_positions = a.shape[0] * a.shape[1] if counting is None else int(counting.sum())
         if self._is_reduced and factor.positions > 1:
-            n_positions = len(a)
+            n_positions = len(a) if counting is None else int(counting.any(1).sum())
             weights = d.new_ones(a.shape[:2]) if counting is None else counting.to(d.dtype)
             weights /= weights.sum(1, keepdim=True).clamp(min=1)
             if is_one_hot:
