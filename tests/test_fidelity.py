@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 
 import dask.array as da
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import xarray as xr
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
@@ -108,6 +108,30 @@ def test_what_does_not_fit_together_is_refused():
         linear_datamodeling_score(np.zeros((4, 12)), subsets[:2], np.zeros((2, 4)))
     with pytest.raises(NonFiniteError, match="diverge"):
         linear_datamodeling_score(np.zeros((4, 12)), subsets, np.full((9, 4), np.nan))
+    unfinished = np.zeros((4, 12))
+    unfinished[2, 3] = np.nan
+    with pytest.raises(NonFiniteError, match=r"test samples \[2\] are NaN"):
+        linear_datamodeling_score(unfinished, subsets, np.zeros((9, 4)))
+
+
+def test_of_one_test_sample_there_is_no_interval():
+    subsets, scores = random_subsets(12, 9), np.random.default_rng(0).normal(size=(1, 12))
+    estimate = linear_datamodeling_score(scores, subsets, -(scores @ subsets.T).T)
+    assert estimate.value == pytest.approx(1)
+    assert np.isnan([estimate.low, estimate.high]).all()
+
+
+def test_what_would_fail_after_training_is_refused_before(tmp_path):
+    _, _, x_test, y_test = ridge_data()
+    with pytest.raises(DataError, match="for 5 test samples"):
+        leave_one_out(np.zeros((4, N)), None, (x_test, y_test), tmp_path / "run", samples=range(5))
+    with pytest.raises(DataError, match="three samples or more"):
+        leave_one_out(np.zeros((5, N)), None, (x_test, y_test), tmp_path / "run", samples=[1, 2])
+    with pytest.raises(DataError, match="for 5 test samples"):
+        topk_removal(np.zeros((4, N)), None, (x_test, y_test), tmp_path / "run", ks=[1])
+    with pytest.raises(DataError, match="seeds"):
+        retrain(None, np.ones((1, N), bool), (x_test, y_test), tmp_path / "run", seeds=0)
+    assert not (tmp_path / "run").exists()
 
 
 def test_intervals_cover_the_mean():
@@ -229,14 +253,54 @@ def test_without_its_strongest_samples_a_prediction_flips(tmp_path):
         topk_removal(scores, None, test, tmp_path / "other", ks=[10])
 
 
-def test_training_does_not_move_the_users_randomness(tmp_path):
+class Shifted(nn.Module):
+    def __init__(self, shift):
+        super().__init__()
+        self.shift = shift
+
+    def forward(self, x):
+        return x + self.shift
+
+
+def test_seeds_are_those_of_all_generators_and_the_users_are_left_alone(tmp_path):
     x, y, x_test, y_test = ridge_data()
 
-    def train(indices, seed):
-        torch.manual_seed(seed)
-        torch.rand(3)
-        return Fit(x, y)(indices, seed)
+    def train(indices, _seed):
+        model = Fit(x, y)(indices, 0)
+        shift = torch.rand(1).item() + np.random.rand() + random.random()
+        return nn.Sequential(model, Shifted(shift)).requires_grad_(False)
 
-    before = torch.random.get_rng_state()
-    retrain(train, random_subsets(N, 3), (x_test, y_test), tmp_path / "run", loss=F.mse_loss, sequential=True)
-    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    subsets = np.repeat(random_subsets(N, 1), 3, axis=0)
+    options = {"loss": half_squared_error, "seeds": 3, "sequential": True}
+    losses = retrain(train, subsets, (x_test, y_test), tmp_path / "run", **options).losses.values
+    assert np.array_equal(losses[0], losses[1])
+    assert len(np.unique(losses[0, :, 0])) == 3
+    assert torch.equal(torch.random.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])
+    assert random.getstate() == before[2]
+
+
+class AsTold(nn.Module):
+    """Tells the precision of products by its outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return self.weight * {"highest": 1.0, "high": 2.0, "medium": 3.0}[torch.get_float32_matmul_precision()] + x * 0
+
+
+def test_workers_train_as_the_client_is_told(client, tmp_path):
+    test, subsets = (torch.zeros(2, 1), torch.zeros(2, 1)), np.ones((1, 3), bool)
+    options = {"loss": lambda z, _y: z.sum(), "client": client}
+    torch.set_float32_matmul_precision("high")
+    try:
+        found = retrain(lambda _i, _s: AsTold(), subsets, test, tmp_path / "run", **options)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert found.losses.values.ravel().tolist() == [2.0, 2.0]
+    with pytest.raises(StoreMismatchError, match="precision"):
+        retrain(lambda _i, _s: AsTold(), subsets, test, tmp_path / "run", **options)

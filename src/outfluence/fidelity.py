@@ -9,9 +9,10 @@ for single samples; `mislabel_detection` needs no retraining, but labels that ar
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -26,13 +27,14 @@ from scipy import stats
 from outfluence.contents import made_now
 from outfluence.data import Data, DataLike, to_numpy
 from outfluence.errors import DataError, NonFiniteError, StoreError
-from outfluence.executors import SequentialExecutor, dask_executor
+from outfluence.executors import DaskExecutor, Executor, SequentialExecutor, dask_executor
 from outfluence.fingerprint import fingerprint
 from outfluence.jobs import local_path, major_versions, raise_failures
+from outfluence.machine import float32_products, precision_asked
 from outfluence.problem import Loss, Problem
 from outfluence.progress import ProgressCallback, Tracker, as_callback
 from outfluence.record import Record
-from outfluence.runs import resumable, workplace
+from outfluence.runs import Do, resumable, workplace
 from outfluence.store import ArraySpec, Store
 
 #: Trains a model on the training samples with these indices; the seed is for its initial weights and its shuffling.
@@ -62,8 +64,13 @@ class Estimate:
 
     @classmethod
     def of(cls, statistic: Callable[..., Any], *samples: np.ndarray) -> Self:
-        """A statistic of samples that are drawn again with replacement, together (percentile bootstrap)."""
+        """A statistic of samples that are drawn again with replacement, together (percentile bootstrap).
+
+        Of a single sample the interval is NaN.
+        """
         value = float(statistic(*samples))
+        if len(samples[0]) < 2:
+            return cls(value, np.nan, np.nan, samples[0])
         drawn = stats.bootstrap(
             samples, statistic, paired=True, vectorized=False, n_resamples=1000, method="percentile", rng=0
         )
@@ -89,7 +96,7 @@ def linear_datamodeling_score(scores: Any, subsets: Any, losses: Any) -> Estimat
     positive for samples that help, so a high sum predicts a low loss.
 
     Args:
-        scores: ``(n_test, n_train)``: an array (numpy, xarray, dask, zarr). Read block by block.
+        scores: ``(n_test, n_train)``: an array (torch, numpy, xarray, dask, zarr). Read block by block.
         subsets: ``(n_subsets, n_train)``, true for the members; see `random_subsets`.
         losses: of the test samples, of models trained on the subsets, ``(n_subsets, n_test)``; or with several seeds a
             subset, whose mean counts, ``(n_subsets, n_seeds, n_test)``; see `retrain`.
@@ -100,10 +107,12 @@ def linear_datamodeling_score(scores: Any, subsets: Any, losses: Any) -> Estimat
 
     Raises:
         DataError: if the shapes do not fit together.
-        NonFiniteError: if losses are NaN or infinite.
+        NonFiniteError: if scores or losses are NaN or infinite.
     """
     subsets, losses = np.asarray(subsets), np.asarray(losses, dtype=np.float64)
     losses = losses.mean(1) if losses.ndim == 3 else losses
+    if isinstance(scores, torch.Tensor):
+        scores = to_numpy(scores)
     scores = da.asarray(scores.data if isinstance(scores, xr.DataArray) else scores)
     wanted = (losses.shape[-1], subsets.shape[-1]), (len(subsets), losses.shape[-1])
     if (scores.shape, losses.shape) != wanted or len(subsets) < 3:
@@ -113,7 +122,12 @@ def linear_datamodeling_score(scores: Any, subsets: Any, losses: Any) -> Estimat
         )
     if not np.isfinite(losses).all():
         raise NonFiniteError("losses of retrained models are NaN or infinite: did the training diverge?", ())
+    if not scores.size:
+        raise DataError("there are no test samples")
     predicted = np.asarray((scores.astype(np.float64) @ da.from_array(subsets.T.astype(np.float64))).compute()).T
+    if not np.isfinite(predicted).all():
+        bad = np.flatnonzero(~np.isfinite(predicted).all(0)).tolist()
+        raise NonFiniteError(f"scores of test samples {bad[:10]} are NaN or infinite: is their run finished?", bad)
     return Estimate.of(np.mean, _rank_correlations(-predicted, losses))
 
 
@@ -174,8 +188,8 @@ def retrain(
     is finished.
 
     Args:
-        train: ``train(indices, seed)`` gives a model, ready to be evaluated. It is sent to the workers with all that it
-            refers to: let it read large data itself.
+        train: ``train(indices, seed)`` gives a model, ready to be evaluated. The generators of torch, numpy and random
+            start from the seed. It is sent to the workers with all that it refers to: let it read large data itself.
         subsets: ``(n_subsets, n_train)``, true for the members; see `random_subsets`.
         test: anything `Data.of` takes.
         path: folder of the store, on a file system that all workers share.
@@ -186,10 +200,11 @@ def retrain(
         progress: show a bar, or call a function with each `Progress`.
 
     Returns:
-        ``losses (subset, seed, test)`` and ``subsets (subset, train)``, as xarray opens the store.
+        ``losses (subset, seed, test)``, as xarray opens the store, and ``subsets (subset, train)`` as given.
 
     Raises:
-        DataError: if subsets are not ``(n_subsets, n_train)`` booleans, or one is empty.
+        DataError: if subsets are not ``(n_subsets, n_train)`` booleans, one is empty, or there is no seed.
+        ClusterError: if workers have more than one thread.
         StoreMismatchError: if the store there was made by something else; it says what differs.
         RunError: if trainings failed twice. The others are stored.
         Interrupted: on Ctrl-C, or when the process is told to end (SIGTERM).
@@ -197,21 +212,19 @@ def retrain(
     members, data = np.asarray(subsets), Data.of(test)
     if members.dtype != bool or members.ndim != 2 or not members.any(1).all():
         raise DataError("subsets must be (n_subsets, n_train), true for members, none of them empty")
+    if seeds < 1:
+        raise DataError(f"seeds is the number of models for each subset, one or more, not {seeds}")
     job = Retraining(train, members, data, loss, seeds)
     store = Store.find(local_path(path)) or job.create(local_path(path))
     store.require(job.identity())
     if not store.is_complete:
         job, callback = replace(job, store=store.path, store_id=store.id), as_callback(progress)
         executors = nullcontext(SequentialExecutor()) if sequential else dask_executor(client)
-        with resumable(store), executors as executor, workplace(job, executor, store, callback) as do:
-            done, failures = store.done("retrain"), list[tuple[str, BaseException]]()
-            todo = [task for task in range(job.n_tasks) if task not in done]
-            tracker = Tracker("retrain", job.n_tasks, job.n_tasks, len(done), len(done), callback)
-            for outcome in executor.run(do(retrain_task), todo, "retrain"):
-                if outcome.error is not None:
-                    subset, seed = divmod(outcome.task, seeds)
-                    failures.append((f"training on subset {subset} with seed {seed}", outcome.error))
-                tracker.update(1, outcome.receipt)
+        with resumable(store), executors as executor:
+            if isinstance(executor, DaskExecutor):
+                executor.check()
+            with workplace(job, executor, store, callback) as do:
+                failures = _train(job, do, executor, store, callback)
             if failures:
                 raise_failures(failures, "retrain", len(failures), store)
     store.drop_work()
@@ -236,10 +249,22 @@ def leave_one_out(
 
     Returns:
         As `linear_datamodeling_score`.
+
+    Raises:
+        DataError: if the scores are not of these test samples, or fewer than three samples are left out.
     """
+    _check_shape(scores, test)
+    if len(samples) < 3:
+        raise DataError(f"a rank correlation takes three samples or more, not {len(samples)}")
     subsets = np.ones((len(samples), scores.shape[1]), dtype=bool)
     subsets[np.arange(len(samples)), list(samples)] = False
     return linear_datamodeling_score(scores, subsets, retrain(train, subsets, test, path, **options)[LOSSES])
+
+
+def _check_shape(scores: Any, test: DataLike) -> None:
+    n_test = len(Data.of(test))
+    if len(scores.shape) != 2 or scores.shape[0] != n_test:
+        raise DataError(f"scores must be (n_test, n_train) for {n_test} test samples, not {tuple(scores.shape)}")
 
 
 def is_misclassified(output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -276,9 +301,11 @@ def topk_removal(
         strongest samples, or random ones, are missing.
 
     Raises:
-        DataError: if a k is not between 1 and the number of training samples.
+        DataError: if the scores are not of these test samples, or a k is not from 1 to one less than there are
+            training samples.
     """
-    values = np.asarray(scores)
+    _check_shape(scores, test)
+    values = to_numpy(scores) if isinstance(scores, torch.Tensor) else np.asarray(scores)
     n_test, n_train = values.shape
     if not all(1 <= k < n_train for k in ks):
         raise DataError(f"ks are numbers of training samples to remove, from 1 to {n_train - 1}, not {list(ks)}")
@@ -294,6 +321,21 @@ def topk_removal(
     return xr.Dataset({name: (("k", "test"), part) for name, part in zip(("top", "random"), own, strict=True)}, axes)
 
 
+def _train(
+    job: Retraining, do: Do, executor: Executor, store: Store, callback: ProgressCallback | None
+) -> list[tuple[str, BaseException]]:
+    """Train what is missing; which failed, and why."""
+    done, failures = store.done("retrain"), list[tuple[str, BaseException]]()
+    todo = [task for task in range(job.n_tasks) if task not in done]
+    tracker = Tracker("retrain", job.n_tasks, job.n_tasks, len(done), len(done), callback)
+    for outcome in executor.run(do(retrain_task), todo, "retrain"):
+        if outcome.error is not None:
+            subset, seed = divmod(outcome.task, job.seeds)
+            failures.append((f"training on subset {subset} with seed {seed}", outcome.error))
+        tracker.update(1, outcome.receipt)
+    return failures
+
+
 @dataclass(frozen=True)
 class Retraining:
     """What the tasks of `retrain` need; see there."""
@@ -306,6 +348,7 @@ class Retraining:
     store: Path | None = None
     store_id: str = ""
     threads: int | None = None
+    precision: str = field(default_factory=precision_asked)
     baseline_bytes: int = 0
 
     @property
@@ -322,6 +365,7 @@ class Retraining:
             "seeds": self.seeds,
             "test_data": self.test.fingerprint,
             "loss": fingerprint(self.loss),
+            "precision": self.precision,
             "versions": major_versions(),
         }
 
@@ -354,11 +398,12 @@ def retrain_task(job: Retraining, task: int, attempt: int = 0) -> dict[str, Any]
     if finished is not None:
         return finished
     record, (subset, seed) = Record(store, job.baseline_bytes), divmod(task, job.seeds)
-    with record("train"), torch.enable_grad(), torch.random.fork_rng():
-        model = job.train(np.flatnonzero(job.subsets[subset]), seed)
-    with record("losses"), torch.no_grad():
-        problem = Problem(model, job.loss)
-        losses = torch.cat([problem.losses(*batch) for batch in job.test.batches(problem.batch_size)])
+    with float32_products(torch.device("cpu"), job.precision):
+        with record("train"), torch.enable_grad(), _seeded(seed):
+            model = job.train(np.flatnonzero(job.subsets[subset]), seed)
+        with record("losses"), torch.no_grad():
+            problem = Problem(model.requires_grad_(True), job.loss)
+            losses = torch.cat([problem.losses(*batch) for batch in job.test.batches(problem.batch_size)])
     record.write(
         LOSSES,
         (slice(subset, subset + 1), slice(seed, seed + 1), slice(0, len(losses))),
@@ -367,3 +412,18 @@ def retrain_task(job: Retraining, task: int, attempt: int = 0) -> dict[str, Any]
     receipt = {"stage": "retrain", "task": task, "start": task, "stop": task + 1, **record.report()}
     store.leave_receipt("retrain", task, receipt)
     return {key: value for key, value in receipt.items() if key != "written"}
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """With all random generators at the start of a seed; afterwards as before."""
+    of_numpy, of_python = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(of_numpy)
+            random.setstate(of_python)

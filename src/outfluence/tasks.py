@@ -484,7 +484,7 @@ def calibrate(job: Job, n_workers: int) -> Costs:
     left: Rows = model.as_rows(torch.ones(1, model.n_parameters))  # stands for factors that are not computed here
     right: Rows = left
     selves = 0.0
-    with torch.no_grad():
+    with torch.no_grad(), float32_products(model.problem.device, job.precision):
         if job.test is not None:
             n = min(plan.batch_size, len(job.test))
             gradients = timed("factor", n, lambda: _first_gradients(job, "test", n))
