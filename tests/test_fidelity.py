@@ -253,6 +253,19 @@ def test_without_its_strongest_samples_a_prediction_flips(tmp_path):
         topk_removal(scores, None, test, tmp_path / "other", ks=[10])
 
 
+def test_models_in_training_mode_are_refused(tmp_path):
+    x, y, x_test, y_test = ridge_data()
+    with pytest.raises(RunError, match=r"drops out at random: call model\.eval"):
+        retrain(
+            lambda i, seed: nn.Sequential(Fit(x, y)(i, seed), nn.Dropout(0.5)),
+            random_subsets(N, 1),
+            (x_test, y_test),
+            tmp_path / "run",
+            loss=half_squared_error,
+            sequential=True,
+        )
+
+
 class Shifted(nn.Module):
     def __init__(self, shift):
         super().__init__()

@@ -31,7 +31,7 @@ from outfluence.executors import DaskExecutor, Executor, SequentialExecutor, das
 from outfluence.fingerprint import fingerprint
 from outfluence.jobs import local_path, major_versions, raise_failures
 from outfluence.machine import float32_products, precision_asked
-from outfluence.problem import Loss, Problem
+from outfluence.problem import Loss, Problem, check_deterministic
 from outfluence.progress import ProgressCallback, Tracker, as_callback
 from outfluence.record import Record
 from outfluence.runs import Do, resumable, workplace
@@ -206,7 +206,7 @@ def retrain(
         DataError: if subsets are not ``(n_subsets, n_train)`` booleans, one is empty, or there is no seed.
         ClusterError: if workers have more than one thread.
         StoreMismatchError: if the store there was made by something else; it says what differs.
-        RunError: if trainings failed twice. The others are stored.
+        RunError: if trainings failed twice, or gave a model that is not in evaluation mode. The others are stored.
         Interrupted: on Ctrl-C, or when the process is told to end (SIGTERM).
     """
     members, data = np.asarray(subsets), Data.of(test)
@@ -398,10 +398,12 @@ def retrain_task(job: Retraining, task: int, attempt: int = 0) -> dict[str, Any]
     if finished is not None:
         return finished
     record, (subset, seed) = Record(store, job.baseline_bytes), divmod(task, job.seeds)
-    with float32_products(torch.device("cpu"), job.precision):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # that training may use
+    with float32_products(device, job.precision):
         with record("train"), torch.enable_grad(), _seeded(seed):
             model = job.train(np.flatnonzero(job.subsets[subset]), seed)
         with record("losses"), torch.no_grad():
+            check_deterministic(model)
             problem = Problem(model.requires_grad_(True), job.loss)
             losses = torch.cat([problem.losses(*batch) for batch in job.test.batches(problem.batch_size)])
     record.write(

@@ -402,7 +402,7 @@ class Problem:
                 chance; or if it cannot be run.
             NonFiniteError: if a gradient is not finite.
         """
-        _check_deterministic(self.model)
+        check_deterministic(self.model)
         dtypes = {p.dtype for p in self.parameters.values()}
         if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
             raise ProblemError(
@@ -548,7 +548,12 @@ def _own_blocks(structure: Mapping[str, Iterable[str]], names: list[str]) -> dic
     return blocks
 
 
-def _check_deterministic(model: nn.Module) -> None:
+def check_deterministic(model: nn.Module) -> None:
+    """Refuse layers whose output depends on chance, or on the other samples of a batch.
+
+    Raises:
+        ProblemError: naming the layer.
+    """
     for name, module in model.named_modules():
         where = f"layer {name!r} ({type(module).__name__})"
         of_batch = isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
