@@ -162,7 +162,7 @@ def test_every_influence_model_shares_its_verbs():
     verbs = ("fit", "influence_factors", "influences", "influences_from_factors", "with_regularization", "to")
     verbs += ("influence_factors_by_block", "influences_by_block", "influences_from_factors_by_block", "is_fitted")
     models = [getattr(outfluence, name) for name in outfluence.__all__ if name.endswith("Influence")]
-    assert len(models) == 7
+    assert len(models) == 8
     for model in models:
         for verb in verbs:
             assert getattr(model, verb) is getattr(DirectInfluence, verb)
