@@ -629,8 +629,9 @@ def compare(case, method, folder):
                 if found["cpu"] < kept["cpu"]:
                     best[tool][stage] = found
             scores[tool] = np.load(folder / "scores.npy")
-    n_test, n_train = (min(n, m) for n, m in zip((50, 500), scores["outfluence"].shape, strict=True))
     model, exact = load_model(case, folder), None
+    most = max(8, int(4e9) // (8 * sum(p.numel() for p in model.parameters() if p.requires_grad)))  # of dense gradients
+    n_test, n_train = (min(n, m, most) for n, m in zip((50, 500), scores["outfluence"].shape, strict=True))
     if method == "ekfac":
         data, regularization = torch.load(folder / "data.pt"), json.loads((folder / "regularization.json").read_text())
         loss = word_loss if CASES[case][0] is Language else class_loss
