@@ -38,6 +38,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/solvers.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/precision.py
+	$(BIN)/python benchmarks/fidelity.py
 
 clean:
 	rm -rf .venv runs site
