@@ -28,7 +28,7 @@ def keep_memory() -> None:
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(_TRIM_THRESHOLD, 64 << 20)
-        libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(_MMAP_THRESHOLD, 8 << 20)  # larger blocks would leave gaps that cannot be given back
 
 
 def precision_asked() -> str:
