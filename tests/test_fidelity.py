@@ -202,6 +202,8 @@ def test_retraining_goes_on_where_it_stopped(tmp_path):
     assert np.ptp(found.losses.values, axis=1).min() > 0  # seeds differ
     with pytest.raises(StoreMismatchError, match="seeds"):
         retrain(train, subsets, (x_test, y_test), tmp_path / "run", **options | {"seeds": 3})
+    with pytest.raises(StoreMismatchError, match="train"):
+        retrain(Failing(x, 2 * y, 0.1, log), subsets, (x_test, y_test), tmp_path / "run", **options)
     with pytest.raises(StoreMismatchError, match="subsets"):
         retrain(train, ~subsets, (x_test, y_test), tmp_path / "run", **options)
     receipts = Store(tmp_path / "run").receipts("retrain")
