@@ -295,6 +295,9 @@ def test_seeds_are_those_of_all_generators_and_the_users_are_left_alone(tmp_path
     assert torch.equal(torch.random.get_rng_state(), before[0])
     assert np.array_equal(np.random.get_state()[1], before[1])
     assert random.getstate() == before[2]
+    torch.rand(1), np.random.rand(), random.random()  # wherever the user's are: a seed says all
+    again = retrain(train, subsets, (x_test, y_test), tmp_path / "again", **options).losses.values
+    assert np.array_equal(again, losses)
 
 
 class AsTold(nn.Module):
