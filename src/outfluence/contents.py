@@ -26,7 +26,6 @@ from outfluence.jobs import (
     gradients_basis,
     major_versions,
     numpy_name,
-    positions_of,
     version_of,
 )
 from outfluence.machine import precision_asked
@@ -73,12 +72,15 @@ def array_specs(job: Job, plan: Plan) -> list[ArraySpec]:
 
     def add_rows(path: str, rows: Rows, samples: tuple[int, int, str], which: int) -> None:
         for name, array in rows.arrays.items():
-            of_identity, _, kind = name.rpartition(".")
+            *of, kind = name.split(".")
             columns, about, axis = array.shape[1], _ROWS[kind][which], _ROWS[kind][2]
+            of_identity = "identity" if "identity" in of else ""
             if axis not in ("parameter", "coordinate"):  # of which there may be others of training than of test samples
                 axis = f"{samples[2]}_{of_identity}{axis}"
             if of_identity:
                 about = f"for the part that a multiple of the identity adds: {about}"
+            if of and of[0].isdigit():  # one of an ensemble
+                axis, about = f"model_{of[0]}_{axis}", f"of model {of[0]}: {about}"
             chunk = max(1, min(columns, _COLUMNS))
             add(f"{path}/{name}", about, samples, (columns, chunk, axis), dtype=numpy_name(array.dtype))
 
@@ -116,7 +118,7 @@ def about_run(job: Job, identity: dict[str, Any], plan: Plan) -> dict[str, Any]:
         "identity": identity,
         "basis": basis_of(job.model),
         "gradients_basis": gradients_basis(job) if job.wanted.gradients else None,
-        "positions": {FACTORS: positions_of(job.left_rows()), GRADIENTS: positions_of(job.right_rows())},
+        "positions": {FACTORS: job.left_rows().positions, GRADIENTS: job.right_rows().positions},
         "plan": plan.to_json(),
         "memory_limit": plan.memory_limit,
         "tasks": {stage.name: stage.n_tasks for stage in plan.stages},

@@ -6,7 +6,7 @@ The loop over data is `Data.total`; a matrix is the few lines that multiply one 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -188,7 +188,7 @@ class ProductSum:
 
 def pseudo_problem(problem: Problem) -> Problem:
     """The problem whose gradients at "labels" s, one for each output, are ``J^T s``."""
-    return replace(problem, loss=_inner, block_structure=problem.blocks)
+    return problem.with_loss(_inner)
 
 
 def draws(seed: int, start: int, z: Tensor, likelihood: Likelihood, stream: int = 0) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -139,3 +140,24 @@ class Factor:
             return self.positions * (matrix.d_out + 1) < matrix.size
         saving = 1 if self.positions == 1 else _SAVING
         return saving * self.positions * matrix.groups * (matrix.d_out + matrix.d_in) < matrix.size
+
+
+#: Vectors of the outputs and of the inputs of a matrix, ``(groups, d, k)``, as columns; None: the identity.
+Basis = tuple[Tensor | None, Tensor | None]
+
+
+def rotated(part: Any, q_out: Tensor | None, q_in: Tensor | None) -> Any:
+    """A factor, or matrices ``(n, groups, d_out, d_in)``, in a basis."""
+    if not isinstance(part, Factor):
+        part = part if q_out is None else q_out.mT @ part
+        return part if q_in is None else part @ q_in
+    return Factor(_times(part.gradients, q_out), _times(part.inputs, q_in))
+
+
+def _times(vectors: Tensor, matrices: Tensor | None) -> Tensor:
+    """Vectors ``(n, T, groups, d)`` times the matrix of their group."""
+    if matrices is None:
+        return vectors
+    if len(matrices) == 1:  # of vectors that are strided, matmul would copy the matrix for each
+        return (vectors.flatten(0, 2) @ matrices[0]).view(*vectors.shape[:3], matrices.shape[2])
+    return torch.einsum("ntgd,gde->ntge", vectors, matrices)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import pickle
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from outfluence.fingerprint import fingerprint
 from outfluence.jobs import Job, length, raise_failures
 from outfluence.machine import float32_products
 from outfluence.plan import MIB, RUNTIME_BYTES, Stage
+from outfluence.problem import Problem
 from outfluence.progress import ProgressCallback, Tracker
 from outfluence.record import Record
 from outfluence.store import Store
@@ -106,8 +107,8 @@ class Summed(Data):
             RunError: if tasks failed twice.
         """
         problem = self._job.model.problem
-        content = _pickled(statistic, problem)
-        what = fingerprint(statistic, without=[problem])
+        content = _pickled(statistic, problem.members)
+        what = fingerprint(statistic, without=problem.members)
         name = f"fit-{self._n_passes:04d}-{what[:12]}"
         title = f"{progress or 'fit'} (pass {self._n_passes + 1})"
         self._n_passes += 1
@@ -261,12 +262,12 @@ class _DamagedError(StoreError):
     """Parts of a sum are not as they were written."""
 
 
-def _pickled(statistic: Statistic, problem: Any) -> bytes:
-    """A statistic without the problem that it is about: the worker has it."""
+def _pickled(statistic: Statistic, problems: Sequence[Problem]) -> bytes:
+    """A statistic without the problem that it is about, one of these: the worker has it."""
 
     class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-        def persistent_id(self, thing: Any) -> str | None:
-            return "problem" if thing is problem else None
+        def persistent_id(self, thing: Any) -> int | None:
+            return next((i for i, problem in enumerate(problems) if thing is problem), None)
 
     content = io.BytesIO()
     Pickler(content).dump(statistic)
@@ -278,11 +279,11 @@ def _statistic(job: Job, name: str) -> Statistic:
     assert job.store is not None
     key = job.store_id, name
     if key not in _LOADED:
-        problem = job.model.problem
+        problems = job.model.problem.members
 
         class Unpickler(pickle.Unpickler):
-            def persistent_load(self, _pid: Any) -> Any:
-                return problem
+            def persistent_load(self, pid: Any) -> Any:
+                return problems[pid]
 
         content = Store(job.store).work_file(f"{name}/statistic.pkl").read_bytes()
         _LOADED.clear()  # one pass at a time

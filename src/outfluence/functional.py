@@ -16,16 +16,17 @@ from tqdm.auto import tqdm
 from outfluence.curvature import Curvature
 from outfluence.data import BATCH_SIZE, Data, DataLike, Tree
 from outfluence.errors import DataError, ProblemError
-from outfluence.influence import (
+from outfluence.influence import InfluenceModel
+from outfluence.methods import (
     ArnoldiInfluence,
     CgInfluence,
     DirectInfluence,
     EkfacCgInfluence,
     EkfacInfluence,
-    InfluenceModel,
     InverseHarmonicMeanInfluence,
     LissaInfluence,
     NystroemSketchInfluence,
+    ProjectedInfluence,
 )
 from outfluence.modes import BlockMode, InfluenceMode, SecondOrderMode
 from outfluence.problem import Loss, Problem
@@ -40,6 +41,7 @@ METHODS: dict[str, Any] = {
     "nystroem": NystroemSketchInfluence,
     "ekfac": EkfacInfluence,
     "ekfac_cg": EkfacCgInfluence,
+    "projected": ProjectedInfluence,
     "harmonic": InverseHarmonicMeanInfluence,
 }
 
@@ -123,7 +125,7 @@ def compute_influences(
         training_data: what the curvature is taken over; anything `Data.of` takes, as the two that follow.
         test_data: whose loss is influenced; None: the training data.
         input_data: whose influence it is; None: the training data.
-        inversion_method: direct, cg, ekfac_cg, lissa, arnoldi, nystroem, ekfac or harmonic.
+        inversion_method: direct, cg, ekfac_cg, lissa, arnoldi, nystroem, ekfac, projected or harmonic.
         influence_type: perturb weights ("up") or features ("perturbation").
         hessian_regularization: lambda, one for all blocks or one for each.
         progress: show bars.

@@ -6,7 +6,7 @@
 g is the gradient of the loss of one sample with respect to the parameters, H a mean over the training set. A positive
 score: weighting the training sample up lowers the loss of the test sample (Koh & Liang 2017).
 
-`InfluenceModel` holds everything; the named models differ in their solver only.
+`InfluenceModel` holds everything; the named models (`methods`) differ in their solver only.
 """
 
 from __future__ import annotations
@@ -15,25 +15,18 @@ import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import wraps
-from typing import Any, Self, TypeVar, cast, final
+from typing import Any, Self, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from outfluence.data import Batch, Data, DataLike, Tree, tree_leaves, tree_map
 from outfluence.errors import DataError, NotFittedError, OutfluenceError, ProblemError
 from outfluence.machine import float32_products, keep_memory
-from outfluence.modes import BlockMode, FisherMode, InfluenceMode, SecondOrderMode, WeightSharing
-from outfluence.preconditioners import EkfacPreconditioner, Preconditioner
-from outfluence.problem import Loss, Problem
+from outfluence.modes import InfluenceMode
+from outfluence.problem import Problem
 from outfluence.rows import DenseRows, GradientRows, Rows, check_finite
-from outfluence.solvers import Inverse, Regularization, Solver, per_block
-from outfluence.solvers.direct import DirectSolver
-from outfluence.solvers.harmonic import HarmonicSolver
-from outfluence.solvers.iterative import CgSolver, LissaSolver
-from outfluence.solvers.kronecker import KroneckerSolver
-from outfluence.solvers.lowrank import ArnoldiSolver, NystroemSolver
+from outfluence.solvers import Inverse, Solver, per_block
 
 Blocks = Mapping[str, Iterable[str]]
 
@@ -41,20 +34,20 @@ Blocks = Mapping[str, Iterable[str]]
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
-def _computed(method: _Method) -> _Method:
+def computed(method: _Method) -> _Method:
     """In the best way that the machine has; see `machine`."""
 
     @wraps(method)
-    def computed(model: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(model: Any, *args: Any, **kwargs: Any) -> Any:
         keep_memory()
         with float32_products(model.problem.device):
             return method(model, *args, **kwargs)
 
-    return cast(_Method, computed)
+    return cast(_Method, call)
 
 
 class InfluenceModel:
-    """Influence of training samples, for batches in memory. Users make one of the named models below.
+    """Influence of training samples, for batches in memory. Users make one of the named models (`methods`).
 
     A fitted model pickles, copies and saves: it holds the model and the inverse, and no data; at most a handle on them,
     where the method reads the data again (`CgInfluence`, `LissaInfluence`, `InverseHarmonicMeanInfluence`). Inputs
@@ -74,7 +67,7 @@ class InfluenceModel:
         self._fitted_on: dict[str, Any] = {}
         self._versions: list[tuple[int, int]] = []
 
-    @_computed
+    @computed
     def fit(self, data: DataLike) -> Self:
         """Fit the inverse on training data.
 
@@ -109,7 +102,7 @@ class InfluenceModel:
         Raises:
             ProblemError: see `Problem.check`.
         """
-        self.problem = replace(self.problem).check(_first(data), "training")
+        self.problem = self.problem.unstructured().check(_first(data), "training")
 
     def _fitted(self, data: Data) -> Self:
         self._regularization = per_block(self.solver.regularization, self.problem)
@@ -208,7 +201,7 @@ class InfluenceModel:
         other._inverse = inverse
         return other
 
-    @_computed
+    @computed
     def influence_factors(self, x: Tree, y: Tree) -> Tensor:
         """Influence factors ``g^T (H + lambda 1)^-1`` of samples: ``(n, P)``.
 
@@ -217,12 +210,12 @@ class InfluenceModel:
         """
         return self.dense(self.left_rows(x, y)).values
 
-    @_computed
+    @computed
     def influence_factors_by_block(self, x: Tree, y: Tree) -> dict[str, Tensor]:
         """Influence factors of each block, in order: ``(n, P_block)``."""
         return self.dense(self.left_rows(x, y)).by_block()
 
-    @_computed
+    @computed
     def influences(
         self,
         x_test: Tree,
@@ -246,7 +239,7 @@ class InfluenceModel:
         x, y = _same_if_none(x_test, y_test, x, y)
         return self._influences(self.left_rows(x_test, y_test), x, y, mode)
 
-    @_computed
+    @computed
     def influences_by_block(
         self,
         x_test: Tree,
@@ -259,14 +252,14 @@ class InfluenceModel:
         x, y = _same_if_none(x_test, y_test, x, y)
         return self._influences_by_block(self.left_rows(x_test, y_test), x, y, mode)
 
-    @_computed
+    @computed
     def influences_from_factors(
         self, factors: Tensor, x: Tree, y: Tree, mode: InfluenceMode | str = InfluenceMode.Up
     ) -> Tensor:
         """Influences from factors ``(n_test, P)`` computed before."""
         return self._influences(self.as_rows(factors), x, y, mode)
 
-    @_computed
+    @computed
     def influences_from_factors_by_block(
         self, factors: Mapping[str, Tensor], x: Tree, y: Tree, mode: InfluenceMode | str = InfluenceMode.Up
     ) -> dict[str, Tensor]:
@@ -276,7 +269,7 @@ class InfluenceModel:
         rows = self.as_rows(torch.cat([torch.as_tensor(f) for f in factors.values()], dim=1))
         return self._influences_by_block(rows, x, y, mode)
 
-    @_computed
+    @computed
     def self_influences(self, x: Tree, y: Tree) -> Tensor:
         """Influence of each sample on itself, ``g^T (H + lambda 1)^-1 g``: ``(n,)``."""
         selves = self.inverse.quadratic(self.gradient_rows(x, y, "training"))
@@ -432,356 +425,6 @@ class InfluenceModel:
             factors = self.dense(left)
             return {name: self.perturbations(factors.block(name), x, y) for name in factors.sections}
         return left.dot_by_block(self.right_rows(self.gradient_rows(x, y), left))
-
-
-@final
-class DirectInfluence(InfluenceModel):
-    """The exact inverse of a dense matrix: for models of up to some ten thousand parameters per block.
-
-    Args:
-        model: the trained model.
-        loss: see `Problem`.
-        regularization: lambda >= 0, one for all blocks or one for each; None: 0.
-        block_structure: blocks of parameters between which curvature is ignored.
-        second_order_mode: which matrix; see `SecondOrderMode`.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Loss,
-        regularization: Regularization = None,
-        block_structure: BlockMode | str | Blocks = BlockMode.FULL,
-        second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
-    ) -> None:
-        solver = DirectSolver(regularization, SecondOrderMode(second_order_mode))
-        super().__init__(Problem(model, loss, block_structure), solver)
-
-
-@final
-class CgInfluence(InfluenceModel):
-    """The exact inverse, applied by conjugate gradient: no matrix is built; each product is a pass over the data.
-
-    All test samples share the passes. The matrix plus lambda should be positive definite: with the Hessian of a network
-    that takes a regularization, the Gauss-Newton matrix is so for convex losses. Fitting reads the data for the
-    preconditioner only; the data is read again whenever factors are computed. Literature: Hestenes & Stiefel 1952;
-    Martens 2010; Ji & Li 2017.
-
-    Args:
-        model: the trained model.
-        loss: see `Problem`.
-        regularization: lambda >= 0, one for all blocks or one for each; None: 0.
-        rtol: a right-hand side is done when its residual is below ``max(rtol |g|, atol)``.
-        atol: see ``rtol``. Gradients smaller than this have factors of zero; with 0 only ``rtol`` counts.
-        maxiter: most products; None: 10 P, at most 1,000.
-        progress: show a bar over products.
-        precompute_grad: keep what does not change between products in memory, for all of the data: faster by the
-            forward and the first backward pass, but its memory grows with the data.
-        preconditioner: `JacobiPreconditioner`, `NystroemPreconditioner` or `EkfacPreconditioner`.
-        solve_simultaneously: block conjugate gradient: fewer products, for more arithmetic between them.
-        warn_on_max_iteration: warn, with the residual, if the tolerance was not reached.
-        block_structure: blocks of parameters between which curvature is ignored.
-        second_order_mode: which matrix; see `SecondOrderMode`.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Loss,
-        regularization: Regularization = None,
-        rtol: float = 1e-4,
-        atol: float = 1e-6,
-        maxiter: int | None = None,
-        progress: bool = False,
-        precompute_grad: bool = False,
-        preconditioner: Preconditioner | None = None,
-        solve_simultaneously: bool = False,
-        warn_on_max_iteration: bool = True,
-        block_structure: BlockMode | str | Blocks = BlockMode.FULL,
-        second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
-    ) -> None:
-        solver = CgSolver(
-            regularization,
-            SecondOrderMode(second_order_mode),
-            rtol,
-            atol,
-            maxiter,
-            progress,
-            precompute_grad,
-            preconditioner,
-            solve_simultaneously,
-            warn_on_max_iteration,
-        )
-        super().__init__(Problem(model, loss, block_structure), solver)
-
-
-@final
-class LissaInfluence(InfluenceModel):
-    """The exact inverse, applied by a stochastic recursion: a batch a step (LiSSA, Agarwal et al. 2017).
-
-    ``x <- x + (b - (H_batch + lambda) x) / scale``, with reduced variance (Johnson & Zhang 2013): it converges to the
-    solution, not to a noisy neighbourhood of it. Batches are those of the training DataLoader. Divergence is an
-    error that names the scale that would have worked. The data is read again whenever factors are computed.
-
-    Args:
-        model: the trained model.
-        loss: see `Problem`.
-        regularization: lambda >= 0, one for all blocks or one for each; None: 0.
-        maxiter: most steps.
-        dampen: d; the matrix becomes ``H + lambda + scale d``, as in the implementation of Koh & Liang 2017.
-        scale: what a step is divided by: at least the largest eigenvalue of the matrix (half of it just converges); the
-            smaller, the faster.
-        rtol: a right-hand side is done when its residual is below ``rtol |g|``.
-        progress: show a bar over steps.
-        warn_on_max_iteration: warn, with the residual, if the tolerance was not reached.
-        block_structure: blocks of parameters between which curvature is ignored.
-        second_order_mode: which matrix; see `SecondOrderMode`.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Loss,
-        regularization: Regularization = None,
-        maxiter: int = 1000,
-        dampen: float = 0.0,
-        scale: float = 10.0,
-        rtol: float = 1e-4,
-        progress: bool = False,
-        warn_on_max_iteration: bool = True,
-        block_structure: BlockMode | str | Blocks = BlockMode.FULL,
-        second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
-    ) -> None:
-        solver = LissaSolver(
-            regularization,
-            SecondOrderMode(second_order_mode),
-            maxiter,
-            dampen,
-            scale,
-            rtol,
-            progress,
-            warn_on_max_iteration,
-        )
-        super().__init__(Problem(model, loss, block_structure), solver)
-
-
-@final
-class ArnoldiInfluence(InfluenceModel):
-    """A low-rank inverse from the eigenvalues of largest magnitude (Schioppa et al. 2022).
-
-    A sample is encoded to ``rank`` numbers per block; scores are products of these. What the eigenvectors do not span
-    is dropped, or with ``use_woodbury`` treated as if the matrix were lambda there, which takes the gradient besides.
-    With as high a rank as there are parameters both are exact.
-
-    Args:
-        model: the trained model.
-        loss: see `Problem`.
-        regularization: lambda >= 0, one for all blocks or one for each; None: 0.
-        rank: eigenpairs per block.
-        krylov_dimension: vectors that the iteration keeps; None: ``4 rank``, at least 20. If the block has no more
-            parameters its matrix is built instead.
-        tol: residual of the eigenvectors, relative to the eigenvalue; down to rounding errors of the model's type.
-        max_iter: most restarts; None: 10 P.
-        eigen_computation_on_gpu: iterate on the GPU, with CuPy; the model must be there.
-        block_structure: blocks of parameters between which curvature is ignored.
-        second_order_mode: which matrix; see `SecondOrderMode`.
-        use_woodbury: see above; takes a regularization > 0.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Loss,
-        regularization: Regularization = None,
-        rank: int = 10,
-        krylov_dimension: int | None = None,
-        tol: float = 1e-6,
-        max_iter: int | None = None,
-        eigen_computation_on_gpu: bool = False,
-        block_structure: BlockMode | str | Blocks = BlockMode.FULL,
-        second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
-        use_woodbury: bool = False,
-    ) -> None:
-        solver = ArnoldiSolver(
-            regularization,
-            SecondOrderMode(second_order_mode),
-            rank,
-            krylov_dimension,
-            tol,
-            max_iter,
-            eigen_computation_on_gpu,
-            use_woodbury,
-        )
-        super().__init__(Problem(model, loss, block_structure), solver)
-
-
-@final
-class NystroemSketchInfluence(InfluenceModel):
-    """A low-rank approximation plus lambda, inverted exactly; the approximation takes one pass (Hataya & Yamada 2023).
-
-    Exact if the matrix has no higher rank. A sample is encoded to ``rank`` numbers per block and its gradient.
-
-    Args:
-        model: the trained model.
-        loss: see `Problem`.
-        regularization: lambda > 0, one for all blocks or one for each.
-        rank: columns of the random sketch, per block.
-        block_structure: blocks of parameters between which curvature is ignored.
-        second_order_mode: which matrix; see `SecondOrderMode`.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Loss,
-        regularization: float | Mapping[str, float],
-        rank: int,
-        block_structure: BlockMode | str | Blocks = BlockMode.FULL,
-        second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
-    ) -> None:
-        solver = NystroemSolver(regularization, rank, SecondOrderMode(second_order_mode))
-        super().__init__(Problem(model, loss, block_structure), solver)
-
-
-@final
-class EkfacCgInfluence(InfluenceModel):
-    """The exact inverse of the Gauss-Newton matrix, by block conjugate gradient with EK-FAC as preconditioner.
-
-    Of all methods here the one that predicts retraining best. For many test samples at once it takes few passes over
-    the data: the first search directions are their EK-FAC factors, and each sample uses those of all. `CgInfluence`
-    with an `EkfacPreconditioner` is the same with more to choose.
-
-    Args:
-        model: the trained model.
-        loss: see `Problem`; of a known distribution (see `EkfacInfluence`).
-        regularization: lambda > 0: the Gauss-Newton matrix of a network is singular.
-        rtol: a test sample is done when its residual is below ``rtol |g|``. Scores are off by some tenth of that.
-        maxiter: most products.
-        progress: show a bar over products.
-        seed: of the labels that EK-FAC draws.
-        warn_on_max_iteration: warn, with the residual, if the tolerance was not reached.
-        block_structure: blocks of parameters between which curvature is ignored.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Loss,
-        regularization: Regularization,
-        rtol: float = 0.1,
-        maxiter: int = 100,
-        progress: bool = False,
-        seed: int = 0,
-        warn_on_max_iteration: bool = True,
-        block_structure: BlockMode | str | Blocks = BlockMode.FULL,
-    ) -> None:
-        solver = CgSolver(
-            regularization,
-            SecondOrderMode.GAUSS_NEWTON,
-            rtol,
-            0.0,
-            maxiter,
-            progress,
-            preconditioner=EkfacPreconditioner(EkfacInfluence(model, True, loss=loss, seed=seed)),
-            solve_simultaneously=True,
-            warn_on_max_iteration=warn_on_max_iteration,
-        )
-        super().__init__(Problem(model, loss, block_structure), solver)
-
-
-@final
-class InverseHarmonicMeanInfluence(InfluenceModel):
-    """The mean of the inverses ``(g_i g_i^T + lambda)^-1`` of all training samples (DataInf: Kwon et al. 2024).
-
-    Cheap: one pass over the data for all test samples of a chunk. For small lambda a good approximation only where
-    gradients are alike. The data is read again whenever factors are computed.
-
-    Args:
-        model: the trained model.
-        loss: see `Problem`.
-        regularization: lambda > 0, one for all blocks or one for each.
-        block_structure: blocks of parameters between which curvature is ignored.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Loss,
-        regularization: float | Mapping[str, float],
-        block_structure: BlockMode | str | Blocks = BlockMode.FULL,
-    ) -> None:
-        super().__init__(Problem(model, loss, block_structure), HarmonicSolver(regularization))
-
-
-@final
-class EkfacInfluence(InfluenceModel):
-    """Kronecker-factored inverse of the Fisher (K-FAC), with corrected eigenvalues if asked (EK-FAC).
-
-    For linear layers, convolutions, embeddings, attention and normalisations; other trainable parameters are refused.
-    Blocks are layers. Literature: Martens & Grosse 2015; George et al. 2018; Grosse et al. 2023; Eschenhagen et al.
-    2023.
-
-    Args:
-        model: the trained model.
-        update_diagonal: correct the eigenvalues (EK-FAC), at the cost of a second pass over the data.
-        hessian_regularization: lambda >= 0, one for all layers or one for each. The Fisher alone is usually singular;
-            a tenth of its mean eigenvalue is a usual choice.
-        progress: show a bar over the data in `fit`.
-        loss: one that a distribution of labels belongs to: cross entropy (classes; also one label for each of many
-            positions, some of which may be ignored or masked), squared error (Gaussian) or binary cross entropy with
-            logits (Bernoulli), with any reduction or factor; any loss with ``fisher="empirical"``.
-        fisher: labels drawn from the model ("sampled"), their expectation ("exact": as many backward passes as
-            the model has outputs a sample), or those of the data ("empirical").
-        seed: of the sampled labels.
-        tolerance: error of scores that is aimed at, relative to their root mean square. A sample is then encoded to the
-            entries of the largest eigenvalues: in the eigenbasis the inverse is nearly constant at all others. How many
-            that takes follows from the eigenvalues, and is tried on scores of training samples on each other; of
-            others it may be a little more. With another regularization it is not tried again. 0: exact.
-        weight_sharing: what the covariances take of layers that are applied to several positions.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        update_diagonal: bool = False,
-        hessian_regularization: float | Mapping[str, float] = 0.0,
-        progress: bool = False,
-        *,
-        loss: Loss = F.cross_entropy,
-        fisher: FisherMode | str = FisherMode.SAMPLED,
-        seed: int = 0,
-        tolerance: float = 0.0,
-        weight_sharing: WeightSharing | str = WeightSharing.EXPAND,
-    ) -> None:
-        sharing = WeightSharing(weight_sharing)
-        solver = KroneckerSolver(
-            hessian_regularization, update_diagonal, FisherMode(fisher), seed, progress, tolerance, sharing
-        )
-        super().__init__(Problem(model, loss, BlockMode.LAYER_WISE), solver)
-
-    influence_factors_by_layer = InfluenceModel.influence_factors_by_block
-    influences_by_layer = InfluenceModel.influences_by_block
-    influences_from_factors_by_layer = InfluenceModel.influences_from_factors_by_block
-
-    @_computed
-    def explore_hessian_regularization(
-        self, x: Tree, y: Tree, values: Iterable[float]
-    ) -> dict[float, dict[str, Tensor]]:
-        """Influences of samples on each other, by layer, for several regularizations; gradients are computed once.
-
-        Args:
-            x: inputs.
-            y: labels.
-            values: the regularizations to try.
-
-        Returns:
-            For each value and layer ``(n, n)``.
-        """
-        gradients = self.gradient_rows(x, y)
-        models = {value: self.with_regularization(value) for value in values}
-        return {
-            value: model.encode(gradients).dot_by_block(model.right_rows(gradients)) for value, model in models.items()
-        }
 
 
 def _same_if_none(x_test: Tree, y_test: Tree, x: Tree, y: Tree) -> tuple[Tree, Tree]:

@@ -24,7 +24,7 @@ from outfluence.machine import precision_asked
 from outfluence.modes import InfluenceMode
 from outfluence.plan import ACTIVATION_COPIES, Plan, Work
 from outfluence.problem import DIRECTIONS
-from outfluence.rows import CoordinateRows, DenseRows, FactoredRows, GradientRows, Rows
+from outfluence.rows import DenseRows, GradientRows, Rows
 from outfluence.store import Store
 
 #: Where the arrays of left rows, scores, self-influences, means of groups and right rows are in a store.
@@ -297,7 +297,7 @@ def factor_data(factors: Any, model: InfluenceModel) -> Data:
         names = {f"factor_{name}": name for name in wanted}
         if "factors" in factors:
             factors = factors["factors"]
-        elif about.get("positions", {}).get(FACTORS, {}) != positions_of(left):
+        elif about.get("positions", {}).get(FACTORS, {}) != left.positions:
             raise DataError("these factors are of samples of another size than those of the fit: fit on such")
         elif names.keys() <= set(factors.data_vars):
             if about.get("basis") != basis_of(model):
@@ -338,7 +338,7 @@ def _gradient_data(store: Store, job: Job) -> Data:
             f"{', '.join(sorted(wanted))}: keep gradients with the same method"
         )
     arrays = {name: store.group[f"{GRADIENTS}/{name}"] for name in wanted}
-    if store.about.get("positions", {}).get(GRADIENTS, {}) != positions_of(job.right_rows()):
+    if store.about.get("positions", {}).get(GRADIENTS, {}) != job.right_rows().positions:
         raise DataError(f"{store.path} keeps gradients of samples of another size than those of the fit: fit on such")
     if store.about.get("gradients_basis") != gradients_basis(job):
         differing.append("basis (another fit or rank)")
@@ -352,12 +352,6 @@ def _gradient_data(store: Store, job: Job) -> Data:
 def gradients_basis(job: Job) -> str | None:
     """What kept rows of training samples refer to; None where they are gradients."""
     return None if isinstance(job.left_rows(), DenseRows) else basis_of(job.model)
-
-
-def positions_of(rows: Rows) -> dict[str, int]:
-    """How many positions the factors have that rows consist of."""
-    part = rows.identity if isinstance(rows, CoordinateRows) else rows
-    return part.positions if isinstance(part, FactoredRows) else {}
 
 
 def basis_of(model: InfluenceModel) -> str | None:

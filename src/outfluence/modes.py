@@ -62,3 +62,31 @@ class WeightSharing(_Choice):
 
     EXPAND = "expand"
     REDUCE = "reduce"
+
+
+class Projection(_Choice):
+    """How gradients are projected to a few numbers.
+
+    ``two_sided``: both sides of each layer's gradient, on random orthogonal directions; ``pca``: on the leading
+    eigenvectors of the covariances of inputs and output gradients; ``rademacher``, ``gaussian``, ``sjlt``: all entries
+    at once, times random signs, normal numbers, or a sparse matrix of signs.
+    """
+
+    TWO_SIDED = "two_sided"
+    PCA = "pca"
+    RADEMACHER = "rademacher"
+    GAUSSIAN = "gaussian"
+    SJLT = "sjlt"
+
+
+class KernelMode(_Choice):
+    """Of which gradients the kernel of projected ones is.
+
+    ``sampled``, ``exact``, ``empirical``: see `FisherMode`; ``margin``: those of ``log(p / (1 - p))``, p the
+    probability of the sample's label, unweighted (Park et al. 2023).
+    """
+
+    SAMPLED = "sampled"
+    EXACT = "exact"
+    EMPIRICAL = "empirical"
+    MARGIN = "margin"

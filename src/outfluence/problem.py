@@ -199,7 +199,7 @@ class Problem:
             return joined([self.gradients(*part, compact) for part in self.in_batches(Batch(x, y))])
         recording = self.record(x)
         factors = recording.factors(self.sum_of_losses(recording.output, self.on_device(y)))
-        parts, matrices, columns = dict[str, Factor | Tensor](factors), self.structure.matrices, self._layout.columns
+        parts, matrices, columns = dict[str, Factor | Tensor](factors), self.structure.matrices, self.columns
         if self.structure.dense:
             dense = self.unflatten(self.block_gradients(x, y, self.structure.dense), self.structure.dense)
             for name, values in dense.items():
@@ -492,6 +492,24 @@ class Problem:
             "loss": f"{_name_of(self.loss)} {fingerprint(self.loss)}",
             "blocks": fingerprint(self.blocks),
         }
+
+    @property
+    def members(self) -> tuple[Problem, ...]:
+        """The problems of single models that this one is made of: itself."""
+        return (self,)
+
+    def unstructured(self) -> Problem:
+        """This problem before `structured`."""
+        return self._with(Structure())
+
+    def with_loss(self, loss: Loss) -> Problem:
+        """This problem with another loss of the same outputs; what is known of the layers still holds."""
+        return replace(self, loss=loss, block_structure=self.blocks)._with(self.structure)
+
+    @property
+    def columns(self) -> Mapping[str, tuple[str, slice]]:
+        """For each parameter its block, and its columns among those of the block."""
+        return self._layout.columns
 
     @property
     def _layout(self) -> Layout:

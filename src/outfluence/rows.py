@@ -38,6 +38,10 @@ class Rows(Protocol):
     def with_arrays(self, arrays: Mapping[str, Tensor]) -> Self:
         """Rows like these, with other samples' arrays."""
 
+    @property
+    def positions(self) -> dict[str, int]:
+        """T of each factor that they consist of."""
+
     def dot_by_block(self, right: Any) -> dict[str, Tensor]:
         """Dot products per block, in order: ``(n_left, n_right)`` each."""
 
@@ -77,11 +81,16 @@ class DenseRows:
         """See `Rows`."""
         return replace(self, values=arrays["values"])
 
+    @property
+    def positions(self) -> dict[str, int]:
+        """See `Rows`."""
+        return {}
+
     def dot(self, right: GradientRows) -> Tensor:
         """See `Rows`."""
-        if isinstance(right, FactoredRows):
-            return right.multiplied(self.by_block())
-        return self.values @ right.values.T
+        if isinstance(right, DenseRows):
+            return self.values @ right.values.T
+        return right.multiplied(self.by_block())
 
     def dot_each(self, right: GradientRows) -> Tensor:
         """See `Rows`."""
@@ -285,7 +294,7 @@ class FactoredRows:
 
     @property
     def positions(self) -> dict[str, int]:
-        """T of each factor."""
+        """See `Rows`."""
         return {name: factor.positions for name, factor in self.factors.items()}
 
     def multiplied_by_block(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -374,6 +383,11 @@ class CoordinateRows:
         """See `Rows`; those of the identity's part are called ``identity.NAME``."""
         identity = {} if self.identity is None else self.identity.arrays
         return {"coordinates": self.coordinates, **{f"identity.{name}": array for name, array in identity.items()}}
+
+    @property
+    def positions(self) -> dict[str, int]:
+        """See `Rows`."""
+        return {} if self.identity is None else self.identity.positions
 
     @property
     def pieces(self) -> list[Tensor]:

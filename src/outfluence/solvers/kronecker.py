@@ -24,32 +24,27 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from outfluence.curvature import draws
-from outfluence.data import Batch, Data, add_to, tree_leaves
+from outfluence.data import Data
 from outfluence.errors import ProblemError, SingularMatrixError, UnsupportedLayerError
-from outfluence.factors import WORKSPACE, Factor, Matrix
+from outfluence.factors import WORKSPACE, Basis, Factor, Matrix, rotated
 from outfluence.layers import Unit
-from outfluence.likelihood import Likelihood, find_likelihood, the_tensor
+from outfluence.likelihood import find_likelihood
 from outfluence.modes import FisherMode, WeightSharing
 from outfluence.problem import Problem
 from outfluence.rows import CoordinateRows, DenseRows, FactoredRows, GradientRows, Rows, check_finite, formed, joined
 from outfluence.solvers import Inverse, Regularization, grouped, per_block
+from outfluence.solvers.moments import MomentSum, covariances, eigh, is_diagonal
 from outfluence.solvers.truncation import truncation
 
-#: Largest matrix of a layer, and of a vector, whose eigenvectors are computed.
-_MAX_SIDE, _MAX_VECTOR = 20_000, 1024
+#: Largest matrix of a layer whose eigenvectors are computed.
+_MAX_SIDE = 20_000
 #: Training samples whose scores on each other tell whether a tolerance is kept, in groups of so many neighbours; fewer,
 #: if their gradients take more bytes than this.
 _TRIED, _NEIGHBOURS, _TRIED_BYTES = 256, 8, 256 << 20
 #: How many times fewer numbers than a matrix the product of two samples' gradients must take to be used for a constant.
 _CHEAPER = 8
-#: Rows of a covariance that are multiplied out together.
-_STRIPE = 128
 #: What of the tolerance is aimed at: test samples are not those that the eigenvalues are from.
 _MARGIN = 0.5
-
-#: Eigenvectors of the outputs and of the inputs of a unit, ``(groups, d, d)``; None: the identity.
-Basis = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -100,13 +95,12 @@ class KroneckerSolver:
                 raise UnsupportedLayerError(f"parameter {name!r} is {why}: freeze it, or use another method")
 
         moments = MomentSum(problem, likelihood, self.fisher, self.seed, self.weight_sharing)
-        sums = data.total(moments, "covariances" if self.progress else None)
-        bases = {}
-        for name, unit in problem.structure.units.items():
-            out, inputs = sums[f"out/{name}"] / len(data), sums[f"in/{name}"] / sums[f"positions/{name}"].clamp(min=1)
+        sums, bases = data.total(moments, "covariances" if self.progress else None), {}
+        for name, (out, inputs) in covariances(sums, problem.structure.units, len(data)).items():
+            unit = problem.structure.units[name]
             bases[name] = (
-                (out, None) if _is_diagonal(unit) else _eigh(out),
-                (inputs, None) if unit.kind == "one_hot" else _eigh(inputs),
+                (out, None) if is_diagonal(unit) else eigh(out),
+                (inputs, None) if unit.kind == "one_hot" else eigh(inputs),
             )
         vectors = {name: (g[1], a[1]) for name, (g, a) in bases.items()}
         if self.update_diagonal:
@@ -135,123 +129,6 @@ class KroneckerSolver:
         """What the fit depends on."""
         plain = {name: getattr(self, name) for name in ("update_diagonal", "seed", "tolerance")}
         return plain | {"fisher": str(self.fisher), "weight_sharing": str(self.weight_sharing)}
-
-
-@dataclass(frozen=True)
-class MomentSum:
-    """A statistic: second moments of what goes into the layers and of the output gradients.
-
-    Attributes:
-        problem: model and loss.
-        likelihood: of the labels that are drawn; None: those of the data.
-        fisher: whose labels the output gradients are taken at.
-        seed: of the sampled labels.
-        sharing: what the covariances take of several positions.
-        vectors: by unit eigenvectors ``(Q_out, Q_in)``. With them the sums are the second moments of gradients in
-            their basis, ``(groups, d_out, d_in)`` by unit; without, the covariances ``out/UNIT`` and ``in/UNIT``, and
-            ``positions/UNIT``, how many positions the latter are of.
-    """
-
-    problem: Problem
-    likelihood: Likelihood | None
-    fisher: FisherMode
-    seed: int
-    sharing: WeightSharing
-    vectors: Mapping[str, Basis] | None = None
-
-    @property
-    def copies(self) -> tuple[int, int, int]:
-        """Of the activations of a sample, of its gradient, and of its factors."""
-        return 8, 0, 4
-
-    def __call__(self, batch: Batch, start: int) -> dict[str, Tensor]:
-        """See `Statistic`."""
-        sums = dict[str, Tensor]()
-        for part in self.problem.in_batches(batch):
-            add_to(sums, self._of(part, start))
-            start += len(tree_leaves(part.x)[0])
-        return sums
-
-    def _of(self, batch: Batch, start: int) -> dict[str, Tensor]:
-        recording, sums = self.problem.record(batch.x), dict[str, Tensor]()
-        inputs, counting = dict[str, Factor](), dict[str, Tensor]()
-        for loss, along in self._labelled(recording.output, batch, start):
-            for name, factor in recording.factors(loss, along).items():
-                check_finite(factor.inputs, f"inputs of layer {self._block(name)!r}", "training", start)
-                check_finite(factor.gradients, f"output gradients of layer {self._block(name)!r}", "training", start)
-                if self.vectors is not None:
-                    rotated = _rotated(factor, *self.vectors[name])
-                    add_to(sums, {name: _second_moments(rotated, *self._shape(name))})
-                    continue
-                if factor.positions > 1:
-                    some = factor.gradients.flatten(2).any(2)
-                    if self.problem.structure.units[name].kind == "mixed":  # either side may be the output gradient
-                        some &= factor.inputs.flatten(2).any(2)
-                        factor = Factor(factor.gradients * some[:, :, None, None], factor.inputs)  # noqa: PLW2901
-                    counting[name] = counting[name] | some if name in counting else some
-                inputs[name] = factor
-                d = factor.gradients.sum(1, keepdim=True) if self._is_reduced else factor.gradients
-                is_diagonal = _is_diagonal(self.problem.structure.units[name])
-                add_to(sums, {f"out/{name}": d.square().sum((0, 1)) if is_diagonal else _covariance(d)})
-        for name, factor in inputs.items():
-            sums[f"in/{name}"], sums[f"positions/{name}"] = self._of_inputs(name, factor, counting.get(name))
-        return sums
-
-    def _block(self, name: str) -> str:
-        return self.problem.structure.units[name].matrix.block
-
-    def _shape(self, name: str) -> tuple[int, int]:
-        matrix = self.problem.structure.units[name].matrix
-        return matrix.d_out, matrix.d_in
-
-    @property
-    def _is_reduced(self) -> bool:
-        return self.sharing is WeightSharing.REDUCE
-
-    def _of_inputs(self, name: str, factor: Factor, counting: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The sum of outer products of inputs, or of their means, and of how many.
-
-        Args:
-            name: of the unit.
-            factor: its gradients.
-            counting: positions that count, ``(n, T)``; None: all.
-        """
-        a, d, is_one_hot = factor.inputs, factor.gradients, factor.is_one_hot
-        if counting is None or counting.all():
-            counting = None
-        n_positions = a.shape[0] * a.shape[1] if counting is None else int(counting.sum())
-        if self._is_reduced and factor.positions > 1:
-            n_positions = len(a) if counting is None else int(counting.any(1).sum())
-            weights = d.new_ones(a.shape[:2]) if counting is None else counting.to(d.dtype)
-            weights /= weights.sum(1, keepdim=True).clamp(min=1)
-            if is_one_hot:
-                a = d.new_zeros(len(a), self._shape(name)[1]).scatter_add_(1, a, weights)[:, None, None]
-            else:
-                a = torch.einsum("nt,ntgi->ngi", weights, a)[:, None]
-        elif counting is not None:
-            a = a[counting][:, None]
-        total = d.new_tensor([n_positions])
-        if not a.is_floating_point():
-            return torch.bincount(a.flatten(), minlength=self._shape(name)[1]).to(d.dtype)[None], total
-        if is_one_hot:  # reduced; its A is kept diagonal
-            return a.square().sum((0, 1)), total
-        return _covariance(a), total
-
-    def _labelled(self, output: Any, batch: Batch, start: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """For each set of labels a function whose gradients' second moments add up to the Fisher, and along what."""
-        if self.likelihood is None:
-            yield self.problem.sum_of_losses(output, self.problem.on_device(batch.y)), None
-            return
-        z = the_tensor(output)
-        weights = self.likelihood.weights(self.problem, output, self.problem.on_device(batch.y)).detach()
-        if self.fisher is FisherMode.SAMPLED:
-            # Other labels for the eigenvalues than for the eigenvectors: along those of the same labels they would be
-            # too large where they are large, and too small where they are small.
-            uniform = draws(self.seed, start, z, self.likelihood, stream=int(self.vectors is not None))
-            yield z, self.likelihood.sampled(z.detach(), uniform, weights)
-            return
-        for s in self.likelihood.expected(z.detach(), weights):
-            yield z, s
 
 
 @dataclass(frozen=True)
@@ -333,8 +210,8 @@ class KroneckerInverse(Inverse):
             if unit.matrix.block == block:
                 damped = self.eigenvalues[name] + regularization
                 damped = damped.clamp(min=torch.finfo(damped.dtype).eps * max(float(damped.amax()), 1e-30))
-                rotated = _rotated(unit.matrix.take(rows), *self.vectors[name])
-                unit.matrix.put(solved, self._back(name, rotated / damped))
+                in_basis = rotated(unit.matrix.take(rows), *self.vectors[name])
+                unit.matrix.put(solved, self._back(name, in_basis / damped))
         return solved
 
     @property
@@ -420,7 +297,7 @@ class KroneckerInverse(Inverse):
     def _in_basis(self, gradients: GradientRows, without: Collection[str] = frozenset()) -> dict[str, Factor | Tensor]:
         """Gradients by unit, in the eigenbasis."""
         parts = {name: gradients.part(name, unit.matrix) for name, unit in self.units.items()}
-        return {name: part if name in without else _rotated(part, *self.vectors[name]) for name, part in parts.items()}
+        return {name: part if name in without else rotated(part, *self.vectors[name]) for name, part in parts.items()}
 
     @property
     def _matrices(self) -> dict[str, Matrix]:
@@ -489,64 +366,6 @@ class KroneckerInverse(Inverse):
         return matrices if q_in is None else matrices @ q_in.mT
 
 
-def _rotated(part: Any, q_out: Tensor | None, q_in: Tensor | None) -> Any:
-    """A factor, or matrices ``(n, groups, d_out, d_in)``, in the eigenbasis."""
-    if not isinstance(part, Factor):
-        part = part if q_out is None else q_out.mT @ part
-        return part if q_in is None else part @ q_in
-    return Factor(_times(part.gradients, q_out), _times(part.inputs, q_in))
-
-
-def _times(vectors: Tensor, matrices: Tensor | None) -> Tensor:
-    """Vectors ``(n, T, groups, d)`` times the matrix of their group."""
-    if matrices is None:
-        return vectors
-    if len(matrices) == 1:  # of vectors that are strided, matmul would copy the matrix for each
-        return (vectors.flatten(0, 2) @ matrices[0]).view(*vectors.shape[:3], matrices.shape[2])
-    return torch.einsum("ntgd,gde->ntge", vectors, matrices)
-
-
-def _covariance(vectors: Tensor) -> Tensor:
-    """The sum of the outer products of vectors ``(n, T, groups, d)``: ``(groups, d, d)``."""
-    flat = vectors.flatten(0, 1)
-    if flat.shape[1] > 1:
-        return torch.matmul(flat.permute(1, 2, 0), flat.transpose(0, 1))
-    flat, size = flat[:, 0], flat.shape[2]
-    turned, total = flat.T.contiguous(), flat.new_empty(1, size, size)
-    for start in range(0, size, _STRIPE):  # half of a symmetric matrix is enough
-        here = slice(start, start + _STRIPE)
-        stripe = turned[here] @ flat[:, start:]
-        total[0, here, start:] = stripe
-        total[0, start:, here] = stripe.T
-    return total
-
-
-def _second_moments(rotated: Factor, d_out: int, d_in: int) -> Tensor:
-    """The sum over samples of the squared entries of their matrices: ``(groups, d_out, d_in)``."""
-    d, a = rotated.gradients, rotated.inputs
-    if rotated.is_one_hot:
-        # Positions of a sample at the same place add up before they are squared.
-        # Each place of a sample is a number of its own: nothing of the size of T^2 or of the matrix is formed.
-        pairs = (a + d_in * torch.arange(len(a), device=a.device)[:, None]).flatten()
-        places, where = torch.unique(pairs, return_inverse=True)
-        sums = d.new_zeros(len(places), d_out).index_add_(0, where, d[:, :, 0].flatten(0, 1))
-        return d.new_zeros(d_in, d_out).index_add_(0, places % d_in, sums.square_()).T[None]
-    if rotated.positions == 1:  # squared entries of an outer product factor: no per-sample gradient is formed
-        return d[:, 0].square().transpose(0, 1).mT @ a[:, 0].square().transpose(0, 1)
-    total = d.new_zeros(d.shape[2], d_out, d_in)
-    step = max(1, min(len(d), WORKSPACE // (2 * d.element_size() * total.numel())))
-    matrices = d.new_empty(step, *total.shape)  # written again and again: new memory would cost more
-    for start in range(0, len(d), step):
-        some = rotated[slice(start, start + step)]
-        total += some.formed(d_in, into=matrices[: len(some.gradients)]).square_().sum(0)
-    return total
-
-
-def _is_diagonal(unit: Unit) -> bool:
-    """Whether the Fisher of the outputs is taken to be diagonal."""
-    return unit.is_vector and unit.matrix.d_out > _MAX_VECTOR
-
-
 def _kinds_of_rows(problem: Problem, data: Data) -> tuple[frozenset[str], frozenset[str]]:
     """By the first sample: which gradients are smaller multiplied out, and whose products are cheap."""
     gradients = problem.gradients(*data.rows(slice(0, 1)), compact=False)
@@ -603,14 +422,8 @@ def _check_covered(problem: Problem) -> None:
         )
     for name, unit in problem.structure.units.items():
         sides = (unit.matrix.d_out, 0 if unit.kind == "one_hot" else unit.matrix.d_in)
-        if max(sides) > _MAX_SIDE and not _is_diagonal(unit):
+        if max(sides) > _MAX_SIDE and not is_diagonal(unit):
             raise UnsupportedLayerError(
                 f"parameter {name!r} has {max(sides):,} rows or columns: eigenvectors of that many are not computed. "
                 "Freeze it with requires_grad_(False), or use another method"
             )
-
-
-def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, none below zero, and eigenvectors as columns; in float64, whatever the type."""
-    values, vectors = torch.linalg.eigh(matrix.double())
-    return values.clamp(min=0).to(matrix.dtype), vectors.to(matrix.dtype).contiguous()
