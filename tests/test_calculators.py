@@ -34,6 +34,7 @@ from outfluence import (
     InverseHarmonicMeanInfluence,
     LissaInfluence,
     NystroemSketchInfluence,
+    ProjectedInfluence,
     SequentialInfluenceCalculator,
     Store,
     open_influences,
@@ -118,6 +119,7 @@ def others(case):
         "arnoldi": ArnoldiInfluence(model, loss, 0.05, rank=5, **options),
         "woodbury": ArnoldiInfluence(model, loss, 0.05, rank=5, use_woodbury=True, **options),
         "nystroem": NystroemSketchInfluence(model, loss, 0.05, 5, **options),
+        "projected": ProjectedInfluence(model, loss, 0.05, rank=15, kernel="exact"),
         "blocks": NystroemSketchInfluence(model, loss, 0.05, 20, "parameter_wise", **options),  # some of full rank
     }
 
@@ -140,6 +142,7 @@ def test_every_method_through_stores(method, mode, tmp_path):
     identity = {"factor_identity.output_gradients": 5 + 3, "factor_identity.inputs": 5 + 6}
     widths = {
         "arnoldi": {"factor_coordinates": 5},
+        "projected": {"factor_coordinates": 2 * 2 + 2 * 2},
         "woodbury": {"factor_coordinates": 5, **identity},
         "nystroem": {"factor_coordinates": 5, **identity},
         # Of the head's three classes softmax leaves one direction free: ranks 10 of 15 and 2 of 3. Weight and bias are

@@ -19,11 +19,13 @@ from outfluence import (
     DirectInfluence,
     EkfacInfluence,
     EkfacPreconditioner,
+    EnsembleInfluence,
     InverseHarmonicMeanInfluence,
     JacobiPreconditioner,
     LissaInfluence,
     NystroemPreconditioner,
     NystroemSketchInfluence,
+    ProjectedInfluence,
     SequentialInfluenceCalculator,
     Store,
     open_history,
@@ -58,6 +60,15 @@ def methods(case):
         "nystroem": NystroemSketchInfluence(model, loss, 0.05, 5, **options),
         "kfac": EkfacInfluence(model, False, 0.05),
         "ekfac": EkfacInfluence(model, True, 0.05, fisher="exact"),
+        "pca": ProjectedInfluence(model, loss, 0.05, rank=15, projection="pca"),
+        "sjlt": ProjectedInfluence(model, loss, 0.05, rank=15, projection="sjlt", kernel="empirical"),
+        "ensemble": EnsembleInfluence(
+            [
+                EkfacInfluence(copy.deepcopy(model), True, 0.05, seed=3),
+                ProjectedInfluence(copy.deepcopy(model), loss, 0.05, rank=15),
+                DirectInfluence(model, loss, 0.3),
+            ]
+        ),
         "ekfac sampled": EkfacInfluence(model, True, 0.05, seed=3),
     }
 
@@ -71,7 +82,7 @@ def close(a, b, tolerance=1e-8):
     assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
 
 
-ON_DASK = ["hessian", "cg ekfac", "arnoldi", "nystroem", "ekfac"]
+ON_DASK = ["hessian", "cg ekfac", "arnoldi", "nystroem", "ekfac", "ensemble"]
 
 
 @pytest.mark.parametrize(("name", "on_dask"), [(n, False) for n in NAMES] + [(n, True) for n in ON_DASK])

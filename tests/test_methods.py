@@ -23,12 +23,14 @@ from outfluence import (
     EkfacCgInfluence,
     EkfacInfluence,
     EkfacPreconditioner,
+    EnsembleInfluence,
     InverseHarmonicMeanInfluence,
     JacobiPreconditioner,
     LissaInfluence,
     NystroemPreconditioner,
     NystroemSketchInfluence,
     Problem,
+    ProjectedInfluence,
     compute_influences,
 )
 from outfluence.curvature import Curvature
@@ -229,6 +231,23 @@ def fits(case):
     yield "harmonic", lambda data: InverseHarmonicMeanInfluence(case.model, case.loss, LAMBDA).fit(data)
     for update in (False, True):
         yield f"ekfac {update}", lambda data, u=update: EkfacInfluence(case.model, u, LAMBDA, fisher="exact").fit(data)
+    for projection in ("pca", "two_sided", "sjlt"):
+        few = {"rank": 15, "kernel": "exact", "projection": projection}
+        yield (
+            f"projected {projection}",
+            lambda data, few=few: ProjectedInfluence(case.model, case.loss, LAMBDA, **few).fit(data),
+        )
+    yield "ensemble", lambda data: ensemble(case).fit(data)
+
+
+def ensemble(case):
+    """Of models that differ, and of methods whose rows do."""
+    other = copy.deepcopy(case.model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(0.7)
+    low_rank = NystroemSketchInfluence(other, case.loss, LAMBDA, rank=4, second_order_mode="gauss_newton")
+    return EnsembleInfluence([EkfacInfluence(case.model, True, LAMBDA, fisher="exact"), low_rank])
 
 
 NAMES = [name for name, _ in fits(None)]

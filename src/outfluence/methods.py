@@ -409,7 +409,7 @@ class ProjectedInfluence(InfluenceModel):
         loss: Loss,
         regularization: Regularization = None,
         rank: int = 2048,
-        projection: Projection | str = Projection.TWO_SIDED,
+        projection: Projection | str = Projection.PCA,
         kernel: KernelMode | str = KernelMode.SAMPLED,
         seed: int = 0,
         block_structure: BlockMode | str | Blocks = BlockMode.FULL,

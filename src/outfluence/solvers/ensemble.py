@@ -44,7 +44,7 @@ class EnsembleProblem(Problem):
                 )
             seen |= own
         if len({(member.dtype, member.device) for member in members}) != 1:
-            raise ProblemError("the models of an ensemble must be there, of one floating type, on one device")
+            raise ProblemError("the models of an ensemble must be of one floating type, on one device")
         blocks = {
             block: [f"{i}.{name}" for name in names]
             for i, member in enumerate(members)

@@ -73,7 +73,7 @@ class ProjectedSolver:
 
     regularization: Regularization = None
     rank: int = 2048
-    projection: Projection = Projection.TWO_SIDED
+    projection: Projection = Projection.PCA
     kernel: KernelMode = KernelMode.SAMPLED
     seed: int = 0
 
