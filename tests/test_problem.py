@@ -205,6 +205,8 @@ CHANGED = LONG.index_fill(0, torch.tensor([2500]), 2.0)  # a repr of it would no
 )
 def test_fingerprints_see_what_a_loss_depends_on(one, other):
     assert fingerprint(one) == fingerprint(one)
+    without_stride = torch.as_strided(torch.tensor([7, 8, 9]), (1,), (0,))  # contiguous, as it is one number
+    assert fingerprint(without_stride) == fingerprint(torch.tensor([7])) != fingerprint(torch.tensor([8]))
     assert fingerprint(one) != fingerprint(other)
 
 

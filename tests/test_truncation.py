@@ -24,7 +24,7 @@ from outfluence import (
 from outfluence import problem as problem_module
 from outfluence.errors import DataError, NonFiniteError, ProblemError
 from outfluence.rows import CoordinateRows
-from outfluence.solvers import kronecker
+from outfluence.solvers import kronecker, moments
 from outfluence.solvers.truncation import truncation
 
 
@@ -239,6 +239,47 @@ def test_fits_and_runs_out_of_core(digits, client, tmp_path):
         other.influences(test, from_store=tmp_path / "a.zarr")
 
 
+@pytest.mark.parametrize("rank", [40, 700, 10**6])
+def test_a_rank_keeps_so_many_entries_and_says_what_it_loses(digits, rank, tmp_path):
+    model, train, test = digits
+    exact = ekfac(model, 0).fit(train)
+    influence = EkfacInfluence(model, True, 1e-3, rank=rank).fit(train)
+    kept, values = influence.inverse.kept, influence.inverse.eigenvalues
+    n_kept = sum(map(len, kept.values()))
+    if rank == 10**6:  # all that add anything
+        assert influence.lost_share < 1e-12
+    else:  # some are worth it only together with others
+        assert 0.95 * rank <= n_kept <= rank
+    by_unit = dict.fromkeys(values, 1e-3)
+    lost = expected_error(values, by_unit, kept, influence.inverse.constants) ** 2
+    assert influence.lost_share == pytest.approx(lost, abs=1e-12)
+    assert exact.lost_share == 0
+    assert influence.left_rows(*test).coordinates.shape[1] == n_kept
+    fewer = EkfacInfluence(model, True, 1e-3, rank=rank // 10).fit(train)
+    assert fewer.lost_share > influence.lost_share or rank == 10**6
+    scores = influence.influences(*test, *train)
+    if rank == 10**6:
+        difference = scores - exact.influences(*test, *train)
+        assert float(difference.norm()) < 1e-4 * float(scores.norm())
+    other = influence.with_regularization(1e-2)
+    assert sum(map(len, other.inverse.kept.values())) <= rank
+    assert other.lost_share <= influence.lost_share + 1e-12  # the larger lambda, the more the constant explains
+    loaded = [
+        SequentialInfluenceCalculator(EkfacInfluence(model, True, 1e-3, rank=rank)).fit(train, tmp_path / "fit.zarr")
+        for _ in range(2)
+    ][1]
+    assert torch.allclose(loaded.influences(*test, *train), scores, rtol=1e-4, atol=1e-4 * float(scores.abs().max()))
+    stored = SequentialInfluenceCalculator(loaded).influences(test, train).to_zarr(tmp_path / "scores.zarr")
+    assert stored.attrs["outfluence"]["lost_share"] == pytest.approx(lost, rel=1e-3, abs=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"rank": 0}, {"rank": 2.5}, {"rank": 3, "tolerance": 0.1}])
+def test_a_rank_that_is_none_is_refused(digits, options):
+    model, train, _ = digits
+    with pytest.raises(ProblemError, match="rank must be a whole number, at least 1, and without a tolerance"):
+        EkfacInfluence(model, True, 1e-3, **options).fit(train)
+
+
 class OverPositions(nn.Module):
     """A network at each of any number of positions, and the mean of its outputs."""
 
@@ -294,7 +335,7 @@ def test_pieces_do_not_matter(name, tolerance, monkeypatch):
     whole, train, test = truncated(name, tolerance)
     monkeypatch.setattr(problem_module, "_NUMBERS", 1)
     monkeypatch.setattr(problem_module, "_FEWEST", 3)
-    monkeypatch.setattr(kronecker, "_STRIPE", 2)
+    monkeypatch.setattr(moments, "_STRIPE", 2)
     monkeypatch.setattr(factors, "_NEAR", 1)
     pieces, _, _ = truncated(name, tolerance)
     assert pieces.problem.batch_size == 3

@@ -118,6 +118,7 @@ def about_run(job: Job, identity: dict[str, Any], plan: Plan) -> dict[str, Any]:
         "identity": identity,
         "basis": basis_of(job.model),
         "gradients_basis": gradients_basis(job) if job.wanted.gradients else None,
+        "lost_share": getattr(job.model.inverse, "lost_share", None),
         "positions": {FACTORS: job.left_rows().positions, GRADIENTS: job.right_rows().positions},
         "plan": plan.to_json(),
         "memory_limit": plan.memory_limit,

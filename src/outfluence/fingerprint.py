@@ -37,7 +37,10 @@ def fingerprint(thing: Any, without: Iterable[Any] = ()) -> str:
 
 def tensor_bytes(tensor: Tensor) -> np.ndarray:
     """The content of a tensor as bytes, row-major."""
-    raw: np.ndarray = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.stride() != (1,):  # one number is contiguous with any stride, but cannot be viewed as bytes
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    raw: np.ndarray = flat.view(torch.uint8).numpy()
     return raw
 
 

@@ -23,7 +23,7 @@ from outfluence.solvers.ensemble import EnsembleProblem, EnsembleSolver
 from outfluence.solvers.harmonic import HarmonicSolver
 from outfluence.solvers.identity import IdentitySolver
 from outfluence.solvers.iterative import CgSolver, LissaSolver
-from outfluence.solvers.kronecker import KroneckerSolver
+from outfluence.solvers.kronecker import KroneckerInverse, KroneckerSolver
 from outfluence.solvers.lowrank import ArnoldiSolver, NystroemSolver
 from outfluence.solvers.projected import ProjectedSolver
 
@@ -333,6 +333,9 @@ class EkfacInfluence(InfluenceModel):
             entries of the largest eigenvalues: in the eigenbasis the inverse is nearly constant at all others. How many
             that takes follows from the eigenvalues, and is tried on scores of training samples on each other; of
             others it may be a little more. With another regularization it is not tried again. 0: exact.
+        rank: instead of a tolerance, how many of these entries there are at most, over all layers: the largest are
+            kept, wherever they are. `lost_share` tells what that is expected to lose. A sample is then encoded to so
+            many numbers, and to its inputs and output gradients at layers with one position or few.
         weight_sharing: what the covariances take of layers that are applied to several positions.
     """
 
@@ -347,17 +350,24 @@ class EkfacInfluence(InfluenceModel):
         fisher: FisherMode | str = FisherMode.SAMPLED,
         seed: int = 0,
         tolerance: float = 0.0,
+        rank: int | None = None,
         weight_sharing: WeightSharing | str = WeightSharing.EXPAND,
     ) -> None:
         sharing = WeightSharing(weight_sharing)
         solver = KroneckerSolver(
-            hessian_regularization, update_diagonal, FisherMode(fisher), seed, progress, tolerance, sharing
+            hessian_regularization, update_diagonal, FisherMode(fisher), seed, progress, tolerance, sharing, rank
         )
         super().__init__(Problem(model, loss, BlockMode.LAYER_WISE), solver)
 
     influence_factors_by_layer = InfluenceModel.influence_factors_by_block
     influences_by_layer = InfluenceModel.influences_by_block
     influences_from_factors_by_layer = InfluenceModel.influences_from_factors_by_block
+
+    @property
+    def lost_share(self) -> float:
+        """What a tolerance or a rank is expected to lose of the scores' mean square; 0: nothing."""
+        assert isinstance(self.inverse, KroneckerInverse)
+        return self.inverse.lost_share
 
     @computed
     def explore_hessian_regularization(

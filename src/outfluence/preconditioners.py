@@ -172,13 +172,13 @@ class EkfacPreconditioner:
         inverse = (
             model.inverse
             if model.is_fitted
-            else replace(model.solver, regularization=1.0, tolerance=0.0).fit(model.problem, curvature.data)
+            else replace(model.solver, regularization=1.0, tolerance=0.0, rank=None).fit(model.problem, curvature.data)
         )
         return self._fitted(curvature, inverse, inverse.tensors)
 
     def restore(self, curvature: Curvature, tensors: Mapping[str, Tensor]) -> FittedEkfac:
         """See `Preconditioner`."""
-        solver = replace(self.model.solver, regularization=1.0, tolerance=0.0)
+        solver = replace(self.model.solver, regularization=1.0, tolerance=0.0, rank=None)
         return self._fitted(curvature, solver.restore(self.model.problem, curvature.data, tensors), tensors)
 
     def _fitted(self, curvature: Curvature, inverse: Any, tensors: Mapping[str, Tensor]) -> FittedEkfac:

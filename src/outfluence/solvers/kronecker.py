@@ -34,7 +34,7 @@ from outfluence.problem import Problem
 from outfluence.rows import CoordinateRows, DenseRows, FactoredRows, GradientRows, Rows, check_finite, formed, joined
 from outfluence.solvers import Inverse, Regularization, grouped, per_block
 from outfluence.solvers.moments import MomentSum, covariances, eigh, is_diagonal
-from outfluence.solvers.truncation import truncation
+from outfluence.solvers.truncation import lost_share, truncation
 
 #: Largest matrix of a layer whose eigenvectors are computed.
 _MAX_SIDE = 20_000
@@ -58,6 +58,7 @@ class KroneckerSolver:
         seed: of the sampled labels. Sample i gets the same draw whatever the batches.
         progress: show a bar over the data.
         tolerance: error of scores, relative to their root mean square; see `truncation`. 0: none.
+        rank: most entries that count one by one; None: as many as the tolerance takes.
         weight_sharing: what the covariances take of several positions.
     """
 
@@ -68,6 +69,7 @@ class KroneckerSolver:
     progress: bool = False
     tolerance: float = 0.0
     weight_sharing: WeightSharing = WeightSharing.EXPAND
+    rank: int | None = None
 
     def fit(self, problem: Problem, data: Data) -> KroneckerInverse:
         """One pass over the data for the covariances, one more for the eigenvalues if they are corrected.
@@ -79,6 +81,8 @@ class KroneckerSolver:
         """
         if not 0 <= self.tolerance < 1:
             raise ProblemError(f"tolerance is a part of the scores' size, from 0 to below 1, not {self.tolerance!r}")
+        if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1 or self.tolerance):
+            raise ProblemError(f"rank must be a whole number, at least 1, and without a tolerance, not {self.rank!r}")
         sampling = self.fisher is not FisherMode.EMPIRICAL
         likelihood = find_likelihood(problem, data.rows(slice(0, 3))) if sampling else None
         regularization = per_block(self.regularization, problem)
@@ -113,6 +117,8 @@ class KroneckerSolver:
             problem.structure.units, problem.sections, vectors, eigenvalues, regularization, unrotated, products
         )
         inverse.check()
+        if self.rank is not None:
+            return inverse.truncated(self.rank)
         return _within_tolerance(inverse, problem, data, self.tolerance) if self.tolerance else inverse
 
     def restore(self, problem: Problem, data: Data, tensors: Mapping[str, Tensor]) -> KroneckerInverse:
@@ -127,7 +133,7 @@ class KroneckerSolver:
 
     def options(self) -> dict[str, Any]:
         """What the fit depends on."""
-        plain = {name: getattr(self, name) for name in ("update_diagonal", "seed", "tolerance")}
+        plain = {name: getattr(self, name) for name in ("update_diagonal", "seed", "tolerance", "rank")}
         return plain | {"fisher": str(self.fisher), "weight_sharing": str(self.weight_sharing)}
 
 
@@ -147,7 +153,7 @@ class KroneckerInverse(Inverse):
         products: units for which the product of two samples' gradients is cheap.
         kept: the entries of each unit that count one by one, ``(k,)``; see `truncation`. None: all.
         constants: by unit the number that stands for R at all others, ``(1,)``; none: zero.
-        aim: the expected error that `kept` was chosen for, ``(1,)``.
+        aim: the expected error that `kept` was chosen for, or how many they are to be, ``(1,)``.
     """
 
     units: Mapping[str, Unit]
@@ -197,11 +203,21 @@ class KroneckerInverse(Inverse):
         return left.dot_each(FactoredRows.of(parts, self._matrices, self.sections, form=False))
 
     def truncated(self, aim: float) -> Self:
-        """This inverse with entries that suffice for scores with an error; see `truncation`."""
-        by_unit = {name: self.regularization[unit.matrix.block] for name, unit in self.units.items()}
-        kept, constants = truncation(self.eigenvalues, by_unit, self.products, aim)
+        """This inverse with entries that suffice for scores with an error, or so many; see `truncation`."""
+        kept, constants = truncation(self.eigenvalues, self._by_unit, self.products, aim)
         like = next(iter(self.eigenvalues.values()))
         return replace(self, kept=kept, constants=constants, aim=like.new_tensor([aim]))
+
+    @property
+    def lost_share(self) -> float:
+        """What is expected to be lost of the scores' mean square."""
+        if self.kept is None:
+            return 0.0
+        return lost_share(self.eigenvalues, self._by_unit, self.kept, self.constants)
+
+    @property
+    def _by_unit(self) -> dict[str, float]:
+        return {name: self.regularization[unit.matrix.block] for name, unit in self.units.items()}
 
     def precondition(self, block: str, rows: Tensor, regularization: float) -> Tensor:
         """The inverse of one block at another regularization, times rows; eigenvalues of zero are no obstacle."""
@@ -225,7 +241,7 @@ class KroneckerInverse(Inverse):
         return info
 
     def with_regularization(self, regularization: Mapping[str, float]) -> Self:
-        """The same eigenvectors and eigenvalues; with a tolerance, entries for the same expected error."""
+        """The same eigenvectors and eigenvalues; with a tolerance, entries for the same expected error; or as many."""
         other = replace(self, regularization=dict(regularization))
         other.check()
         return other if self.aim is None else other.truncated(float(self.aim))

@@ -23,15 +23,15 @@ _STEPS = 80
 
 
 def truncation(
-    eigenvalues: Mapping[str, Tensor], regularization: Mapping[str, float], with_constant: Collection[str], error: float
+    eigenvalues: Mapping[str, Tensor], regularization: Mapping[str, float], with_constant: Collection[str], aim: float
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The fewest entries with which scores have at most an error.
+    """The fewest entries with which scores have at most an error; or so many, with the least error.
 
     Args:
         eigenvalues: Lambda, by name, of any shape.
         regularization: lambda, by name.
         with_constant: names for which the product of gradients is cheap; for all others c is zero.
-        error: expected root mean square, relative to that of scores.
+        aim: below one the expected root mean square of the error, relative to that of scores; else the most entries.
 
     Returns:
         By name the places of the kept entries, ascending ``(k,)``; and for the names with a constant c, ``(1,)``.
@@ -60,13 +60,37 @@ def truncation(
     for _ in range(_STEPS):
         middle = (low + high) / 2
         chosen = counts(largest * 2.0**middle)
-        left = sum(float(remaining[name][k]) for name, k in chosen.items())
-        low, high = (middle, high) if left <= error**2 * total else (low, middle)
-    chosen = counts(largest * 2.0**low)
+        if aim < 1:
+            enough = sum(float(remaining[name][k]) for name, k in chosen.items()) <= aim**2 * total
+        else:
+            enough = sum(chosen.values()) > aim
+        low, high = (middle, high) if enough else (low, middle)
+    all_of_them = counts(largest * 2.0**-120)
+    chosen = counts(largest * 2.0 ** (low if aim < 1 else high))
+    if aim >= sum(all_of_them.values()):
+        chosen = all_of_them
     kept = {name: orders[name][:k].sort().values for name, k in chosen.items()}
     dtype = next(iter(eigenvalues.values())).dtype
     of_the_rest = {name: c[chosen[name]].to(dtype)[None] for name, c in constants.items() if chosen[name] < len(c) - 1}
     return kept, of_the_rest
+
+
+def lost_share(
+    eigenvalues: Mapping[str, Tensor],
+    regularization: Mapping[str, float],
+    kept: Mapping[str, Tensor],
+    constants: Mapping[str, Tensor],
+) -> float:
+    """What is lost of the scores' mean square, where only some entries count; see `truncation`."""
+    lost = total = 0.0
+    for name, values in eigenvalues.items():
+        flat = values.flatten().double()
+        inverses = 1 / (flat + regularization[name])
+        errors = inverses - constants[name].double() if name in constants else inverses.clone()
+        errors[kept[name]] = 0.0
+        total += float((inverses * flat).square().sum())
+        lost += float((errors * flat).square().sum())
+    return lost / total if total else 0.0
 
 
 def _sums_from(values: Tensor) -> Tensor:
