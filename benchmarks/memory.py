@@ -11,6 +11,7 @@ it; one is linear. CPU seconds, of one process.
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import json
 import os
@@ -32,8 +33,10 @@ from outfluence import (
     DaskInfluenceCalculator,
     Data,
     EkfacInfluence,
+    EnsembleInfluence,
     InverseHarmonicMeanInfluence,
     NystroemSketchInfluence,
+    ProjectedInfluence,
     SequentialInfluenceCalculator,
     open_history,
 )
@@ -54,6 +57,9 @@ CASES = {
     "coordinate rows": (64, 128, 100_000, 1_000, 320, "arnoldi", "up", {"top_k": 20, "keep_gradients": True}),
     "coordinates and identity": (64, 128, 40_000, 500, 384, "nystroem", "up", {"self_influences": True}),
     "coordinates and constants": (256, 512, 6_000, 600, 384, "ekfac tolerance", "up", {"self_influences": True}),
+    "projected rows": (256, 512, 20_000, 600, 640, "projected", "up", {"keep_gradients": True}),
+    "projected by random signs": (256, 512, 6_000, 600, 640, "projected signs", "up", {"self_influences": True}),
+    "three models": (256, 512, 6_000, 600, 384, "ensemble", "up", {"top_k": 20, "self_influences": True}),
     "groups": (64, 64, 40_000, 2_000, 384, "ekfac", "up", {"matrix": False, "groups": True}),
     "perturbation": (784, 32, 2_000, 100, 640, "ekfac", "perturbation", {}),
 }
@@ -96,6 +102,9 @@ def influence(method, features, width):
         "ekfac tolerance": EkfacInfluence(model, True, 1e-3, tolerance=0.01),
         "arnoldi": ArnoldiInfluence(model, loss, 1e-3, rank=20, tol=1e-2, **options),
         "ekfac positions": EkfacInfluence(model, True, 1e-3),
+        "projected": ProjectedInfluence(model, loss, 1e-3),
+        "projected signs": ProjectedInfluence(model, loss, 1e-3, projection="rademacher"),
+        "ensemble": EnsembleInfluence([EkfacInfluence(copy.deepcopy(model), True, 1e-3) for _ in range(3)]),
         "harmonic": InverseHarmonicMeanInfluence(model, loss, 1e-3),
         "nystroem": NystroemSketchInfluence(model, loss, 1e-3, 20, **options),
     }[method].fit(small)

@@ -28,7 +28,7 @@ from torch import Tensor
 from outfluence.curvature import draws, pseudo_problem
 from outfluence.data import Batch, Data, Tree, add_to, tree_leaves
 from outfluence.errors import ProblemError, SingularMatrixError
-from outfluence.factors import Basis, Factor, Matrix, rotated
+from outfluence.factors import WORKSPACE, Basis, Factor, Matrix, rotated
 from outfluence.likelihood import Likelihood, find_likelihood, the_tensor
 from outfluence.modes import FisherMode, KernelMode, Projection, WeightSharing
 from outfluence.problem import Problem
@@ -36,7 +36,7 @@ from outfluence.rows import CoordinateRows, DenseRows, GradientRows, check_finit
 from outfluence.solvers import Inverse, Regularization, grouped, per_block
 from outfluence.solvers.moments import MomentSum, covariances, eigh
 
-#: Entries of a gradient whose part of a random matrix is drawn at a time.
+#: Most entries of a gradient whose part of a random matrix is drawn at a time.
 _PIECE = 4096
 #: Places that an entry is added to (SJLT).
 _PLACES = 4
@@ -222,7 +222,7 @@ class Sketch:
         sums = {block: like.new_zeros(self.rank, len(gradients), dtype=dtype) for block in blocks}
         for number, (name, matrix) in enumerate(self.matrices.items()):
             part, total = _part(gradients, name, matrix), sums[matrix.block]
-            for i, (outputs, columns) in enumerate(_pieces(matrix)):
+            for i, (outputs, columns) in enumerate(_pieces(matrix, self._piece)):
                 if isinstance(part, Factor):
                     entries = part.formed(matrix.d_in, outputs)[..., columns]
                 else:
@@ -244,7 +244,7 @@ class Sketch:
         for number, (_, matrix) in enumerate(self.matrices.items()):
             of_block = coordinates[matrix.block]
             entries = of_block.new_empty(len(of_block), matrix.groups, matrix.d_out, matrix.d_in)
-            for i, (outputs, columns) in enumerate(_pieces(matrix)):
+            for i, (outputs, columns) in enumerate(_pieces(matrix, self._piece)):
                 into = entries[:, :, outputs, columns]
                 size = math.prod(into.shape[1:])
                 if self.kind is Projection.SJLT:
@@ -275,6 +275,11 @@ class Sketch:
         places = (((words >> np.uint64(32)) * np.uint64(self.rank)) >> np.uint64(32)).astype(np.int64)
         signs = (words & np.uint64(1)).astype(np.float32) * 2 - 1
         return torch.from_numpy(places).to(like.device), torch.from_numpy(signs).to(like) / _PLACES**0.5
+
+    @property
+    def _piece(self) -> int:
+        """How many entries are projected at a time: what is drawn for them, with copies, is to fit."""
+        return max(1, min(_PIECE, WORKSPACE // (16 * self.rank)))
 
     def _bits(self, number: int, piece: int) -> np.random.Philox:
         return np.random.Philox(key=self.seed, counter=[0, 0, piece, number])
@@ -361,15 +366,21 @@ class ProjectedInverse(Inverse):
 
     def left(self, gradients: GradientRows) -> CoordinateRows:
         """Coordinates times the inverse of the kernel."""
-        projected = self.projector.project(gradients)
-        solved = [
-            torch.cholesky_solve(c.T.double(), self._roots[block]).T.to(c.dtype) for block, c in projected.items()
-        ]
-        return CoordinateRows(torch.cat(solved, dim=1), self._columns)
+        return self._solved(self.right(gradients))
 
     def right(self, gradients: GradientRows) -> CoordinateRows:
         """Coordinates."""
         return CoordinateRows(torch.cat([*self.projector.project(gradients).values()], dim=1), self._columns)
+
+    def quadratic(self, gradients: GradientRows) -> Tensor:
+        """With one projection."""
+        right = self.right(gradients)
+        return self._solved(right).dot_each(right)
+
+    def _solved(self, right: CoordinateRows) -> CoordinateRows:
+        c = right.coordinates
+        parts = [torch.cholesky_solve(c[:, s].T.double(), self._roots[block]).T for block, s in self._columns.items()]
+        return replace(right, coordinates=torch.cat(parts, dim=1).to(c.dtype))
 
     def dense(self, left: CoordinateRows) -> DenseRows:
         """``(n, P)``, by the transposed projection."""
@@ -509,10 +520,10 @@ def _leading(covariance: Tensor, k: int) -> Tensor:
     return torch.zeros(*covariance.shape, k).to(covariance).scatter_(1, top[:, None, :], 1.0)
 
 
-def _pieces(matrix: Matrix) -> Iterator[tuple[slice, slice]]:
+def _pieces(matrix: Matrix, size: int) -> Iterator[tuple[slice, slice]]:
     """The entries of a matrix, so many at a time."""
-    width = min(matrix.d_in, max(1, _PIECE // matrix.groups))
-    height = max(1, _PIECE // (matrix.groups * width))
+    width = min(matrix.d_in, max(1, size // matrix.groups))
+    height = max(1, size // (matrix.groups * width))
     for i in range(0, matrix.d_out, height):
         for j in range(0, matrix.d_in, width):
             yield slice(i, min(i + height, matrix.d_out)), slice(j, min(j + width, matrix.d_in))
