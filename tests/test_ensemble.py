@@ -98,6 +98,14 @@ def test_everything_is_a_mean_over_the_members():
     close(factors, torch.cat([member.influence_factors(*case.test) / 3 for member in members], 1))
     close(ensemble.self_influences(*case.train), mean(lambda m: m.self_influences(*case.train)))
     assert ensemble.n_parameters == 3 * 43
+    left, gradients = ensemble.left_rows(*case.test), ensemble.gradient_rows(*case.test)
+    right = ensemble.right_rows(gradients, left)
+    close(left.dot_each(right), left.dot(right).diagonal())
+    close(left.dot_each(right), ensemble.self_influences(*case.test))
+    again = ensemble.with_regularization(0.3)
+    assert again.regularization == dict.fromkeys(["0.0", "0.2", "1.all", "2.0", "2.2"], 0.3)
+    refitted = again.fit(case.train).influences(*case.test, *case.train)
+    close(refitted, mean(lambda m: m.with_regularization(0.3).influences(*case.test, *case.train)))
 
 
 @pytest.mark.parametrize("on_dask", [False, True])

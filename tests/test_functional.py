@@ -32,6 +32,8 @@ OPTIONS = {
     "arnoldi": {"rank": 1000, **GN},
     "nystroem": {"rank": 1000, **GN},
     "ekfac": {"update_diagonal": True, "fisher": "exact"},
+    "ekfac_cg": {"rtol": 1e-9},
+    "projected": {"rank": 1000, "kernel": "exact"},
     "harmonic": {},
 }
 

@@ -58,7 +58,7 @@ class InverseHvpResult:
         info: by name; with several blocks each entry is a dict by block. direct: ``matrix``, not regularized. cg:
             ``iterations``, ``residual`` (relative) and ``converged`` per right-hand side. lissa: ``max_error`` and
             ``mean_error`` (of the relative residuals), and what cg has. arnoldi, nystroem: ``eigenvalues`` and
-            ``eigenvectors``. ekfac: ``eigenvalues``. harmonic: nothing.
+            ``eigenvectors``. ekfac: ``eigenvalues``. projected: ``kernel``. harmonic: nothing.
     """
 
     x: Tensor
