@@ -83,6 +83,8 @@ def test_every_method_through_every_door(method):
         "arnoldi": {"eigenvalues", "eigenvectors"},
         "nystroem": {"eigenvalues", "eigenvectors"},
         "ekfac": {"eigenvalues"},
+        "ekfac_cg": {"iterations", "residual", "converged"},
+        "projected": {"kernel"},
         "harmonic": set(),
     }
     assert set(result.info) == set(solved.info) == info[method]
