@@ -18,6 +18,7 @@ from outfluence import (
     EkfacCgInfluence,
     EkfacInfluence,
     EkfacPreconditioner,
+    EnsembleInfluence,
     InfluenceMode,
     InverseHarmonicMeanInfluence,
     InverseHvpResult,
@@ -26,9 +27,11 @@ from outfluence import (
     NystroemPreconditioner,
     NystroemSketchInfluence,
     Problem,
+    ProjectedInfluence,
     SecondOrderMode,
     SequentialInfluenceCalculator,
     TorchTwiceDifferentiable,
+    TracInInfluence,
     compute_influence_factors,
     compute_influences,
     compute_linear_influences,
@@ -75,7 +78,7 @@ def test_every_public_name_is_there():
         (
             EkfacInfluence,
             "model, update_diagonal=False, hessian_regularization=0.0, progress=False, "
-            "*, loss=cross_entropy, fisher=SAMPLED, seed=0, tolerance=0.0, weight_sharing=EXPAND",
+            "*, loss=cross_entropy, fisher=SAMPLED, seed=0, tolerance=0.0, rank=None, weight_sharing=EXPAND",
         ),
         (
             CgInfluence,
@@ -102,6 +105,12 @@ def test_every_public_name_is_there():
             NystroemSketchInfluence,
             "model, loss, regularization, rank, block_structure=FULL, second_order_mode=HESSIAN",
         ),
+        (
+            ProjectedInfluence,
+            "model, loss, regularization=None, rank=2048, projection=PCA, kernel=SAMPLED, seed=0, block_structure=FULL",
+        ),
+        (EnsembleInfluence, "models"),
+        (TracInInfluence, "model, loss, checkpoints, learning_rates=1.0, block_structure=FULL"),
         (InverseHarmonicMeanInfluence, "model, loss, regularization, block_structure=FULL"),
         (JacobiPreconditioner, "num_samples_estimator=1, seed=0"),
         (NystroemPreconditioner, "rank, seed=0"),
@@ -162,7 +171,7 @@ def test_every_influence_model_shares_its_verbs():
     verbs = ("fit", "influence_factors", "influences", "influences_from_factors", "with_regularization", "to")
     verbs += ("influence_factors_by_block", "influences_by_block", "influences_from_factors_by_block", "is_fitted")
     models = [getattr(outfluence, name) for name in outfluence.__all__ if name.endswith("Influence")]
-    assert len(models) == 8
+    assert len(models) == 11
     for model in models:
         for verb in verbs:
             assert getattr(model, verb) is getattr(DirectInfluence, verb)
