@@ -1,14 +1,17 @@
 """How near to what this machine can do: python benchmarks/limits.py [CASE ...].
 
 For each case one line of JSON, from runs in this process with one thread (with `THREADS`, if it is set). First what is
-attainable is measured in the same run: the rate of a large matrix product (`gemm_gflops`), and of files written and
-synced (`write_mib_s`). `limit_seconds` of a stage is what its fewest floating-point operations take at that rate, and
-its bytes at theirs:
+attainable is measured in the same run: the rate of a large matrix product (`gemm_gflops`), of memory larger than the
+caches that is read and written (`memory_read_gib_s`, `memory_write_gib_s`), and of files written and synced
+(`write_mib_s`). `limit_seconds` of a stage is what its fewest floating-point operations take, or the fewest bytes that
+it must move, if these take longer: the best program does both at once. They are:
 
-    gradients      one pass forward and one backward, to the outputs of the layers
-    rows           of coordinates: the projection, a product with a matrix (P, k); of the others nothing
-    scores         2 k for each pair of samples, k the numbers of a row (P where it is dense or factored)
-    writing        the scores
+    gradients      one pass forward and one backward, to the outputs of the layers; right rows are written to memory
+    rows           of coordinates: the projection, a product with a matrix (P, k); of the others nothing. What is formed
+                   of a gradient on the way need not leave the caches
+    scores         2 k for each pair of samples, k the numbers of a row (P where it is dense or factored); right and
+                   left rows are read, and scores written
+    writing        the scores, to a disk
 
 `seconds` are those in tasks, `ratio` is the limit over them: one is as good as it can get. `seconds_by_part` says where
 the time goes. Of `REPEATS` runs the fastest counts; the rates are the best before and after it.
@@ -95,13 +98,16 @@ def best(function):
 
 
 def attainable(folder):
-    """FLOPs a second of a matrix product, and bytes a second to a file."""
+    """FLOPs a second of a matrix product, bytes a second from memory, into memory, and to a file."""
     left, right, out = torch.randn(512, 8192), torch.randn(1024, 8192), torch.empty(512, 1024)
     product = partial(torch.matmul, left, right.T, out=out)
     seconds = best(product)
     with float32_products(torch.device("cpu")):
         seconds = min(seconds, best(product))
     flops = 2 * 512 * 1024 * 8192 / seconds
+    large = torch.zeros(64 << 20)
+    read = large.nbytes / min(best(large.sum), best(partial(torch.dot, large, large)))
+    written = large.nbytes / min(best(large.zero_), best(partial(large.fill_, 1.0)))
     content = os.urandom(32 << 20)
 
     def write():
@@ -110,7 +116,7 @@ def attainable(folder):
             file.flush()
             os.fsync(file.fileno())
 
-    return flops, len(content) / best(write)
+    return flops, read, written, len(content) / best(write)
 
 
 def run(case, folder):
@@ -132,16 +138,18 @@ def run(case, folder):
                 parts[part] = parts.get(part, 0.0) + value
         taken.append((sum(receipt["seconds"] for receipt in receipts), parts))
     rates.append(attainable(folder))
-    gemm, write = (max(rate) for rate in zip(*rates, strict=True))
+    gemm, from_memory, into_memory, write = (max(rate) for rate in zip(*rates, strict=True))
     seconds, parts = min(taken, key=lambda pair: pair[0])
     size, work = influence.n_parameters, lazy.plan.work
-    width = work.arrays.get("coordinates", size)
-    flops = {
-        "gradients": 4 * size * n_train,
-        "rows": 2 * size * width * n_train if isinstance(influence, ArnoldiInfluence) and not given else 0,
-        "scores": 2 * width * n_train * n_test,
+    width, is_projected = work.arrays.get("coordinates", size), isinstance(influence, ArnoldiInfluence) and not given
+    right, left, scores = n_train * work.right_bytes, n_test * work.row_bytes, 4 * n_train * n_test
+    flops_and_memory = {
+        "gradients": (4 * size * n_train, right / into_memory),
+        "rows": (2 * size * width * n_train * is_projected, 4 * size * width * is_projected / from_memory),
+        "scores": (2 * width * n_train * n_test, (right + left) / from_memory + scores / into_memory),
     }
-    limits = {name: n / gemm for name, n in flops.items()} | {"writing": 4 * n_train * n_test / write}
+    limits = {name: max(flops / gemm, memory) for name, (flops, memory) in flops_and_memory.items()}
+    limits["writing"] = scores / write
     limit = sum(limits.values())
     return {
         "case": case,
@@ -151,6 +159,8 @@ def run(case, folder):
         "n_test": n_test,
         "threads": THREADS,
         "gemm_gflops": round(gemm / 1e9, 1),
+        "memory_read_gib_s": round(from_memory / 2**30, 1),
+        "memory_write_gib_s": round(into_memory / 2**30, 1),
         "write_mib_s": round(write / 2**20),
         "limit_seconds": {name: round(value, 3) for name, value in limits.items()},
         "seconds": round(seconds, 3),

@@ -14,7 +14,7 @@ from outfluence import (
     machine,
 )
 from outfluence.errors import StoreMismatchError
-from outfluence.machine import float32_products, precision_asked
+from outfluence.machine import float32_products, new_memory, precision_asked
 
 CPU = torch.device("cpu")
 
@@ -177,3 +177,12 @@ def test_workers_compute_as_the_client_is_told(high, client, tmp_path):
     lazy = SequentialInfluenceCalculator(fitted).influences(data, data)
     with pytest.raises(StoreMismatchError, match="precision"):
         lazy.to_zarr(tmp_path / "dask.zarr")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 5), (700, 1001), (0, 4)])
+def test_new_memory_is_like_that_of_torch(dtype, shape):
+    memory = new_memory(torch.zeros(1, dtype=dtype), *shape)
+    assert (memory.dtype, tuple(memory.shape), memory.data_ptr() % 64) == (dtype, shape, 0)
+    assert memory.is_contiguous()
+    assert torch.equal(memory.fill_(3), torch.full(shape, 3, dtype=dtype))

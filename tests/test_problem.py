@@ -17,7 +17,7 @@ from torch import nn
 import reference
 from cases import Nested, make_case
 from outfluence import BlockMode, DirectInfluence, Problem
-from outfluence.data import Data
+from outfluence.data import Data, tree_leaves
 from outfluence.errors import NonFiniteError, ProblemError
 from outfluence.fingerprint import fingerprint
 
@@ -65,6 +65,15 @@ def test_gradients_equal_autograd(case):
     problem = Problem(case.model, case.loss)
     expected = reference.gradients(case.model, case.loss, *case.train)
     assert np.abs(problem.gradients(*case.train).values.numpy() - expected).max() < 1e-12
+
+
+def test_dense_gradients_are_written_where_they_are_wanted(case):
+    problem = Problem(case.model, case.loss)
+    rows = torch.zeros(len(tree_leaves(case.train)[0]) + 2, problem.n_parameters, dtype=problem.dtype)
+    gradients = problem.gradients(*case.train, into=rows[1:-1]).values
+    assert gradients.data_ptr() == rows[1:].data_ptr()
+    assert torch.equal(gradients, problem.gradients(*case.train).values)
+    assert not rows[[0, -1]].any()
 
 
 def test_flatten_and_unflatten_are_inverse():

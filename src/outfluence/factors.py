@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,6 +65,14 @@ class Matrix:
             rows[:, self.weight] = (weight.mT if self.transposed else weight).flatten(1)
         if self.bias is not None:
             rows[:, self.bias] = matrices[..., -1].flatten(1)
+
+    @property
+    def sides(self) -> list[tuple[Matrix, slice]]:
+        """The weight and the bias, each as a matrix, and which columns of this one it is."""
+        if self.weight is None or self.bias is None:
+            return [(self, slice(None))]
+        weight, bias = replace(self, d_in=self._d_weight, bias=None), replace(self, d_in=1, weight=None)
+        return [(weight, slice(self._d_weight)), (replace(bias, transposed=False), slice(self._d_weight, None))]
 
     @property
     def _d_weight(self) -> int:

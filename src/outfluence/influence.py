@@ -278,7 +278,9 @@ class InfluenceModel:
 
     # What calculators use: rows instead of numbers, and indices for messages.
 
-    def gradient_rows(self, x: Tree, y: Tree, samples: str = "training", start: int = 0) -> GradientRows:
+    def gradient_rows(
+        self, x: Tree, y: Tree, samples: str = "training", start: int = 0, into: Tensor | None = None
+    ) -> GradientRows:
         """Gradients of samples, factored where that is known how and smaller.
 
         Args:
@@ -286,6 +288,7 @@ class InfluenceModel:
             y: labels.
             samples: whose samples they are, for messages.
             start: index of the first of them, for messages.
+            into: see `Problem.gradients`.
 
         Raises:
             NonFiniteError: with the index of the sample.
@@ -293,7 +296,7 @@ class InfluenceModel:
         self._check_unchanged()
         takes_factors = self._inverse is not None and self._inverse.takes_factors
         x, y = _tensors((x, y))
-        rows = self.problem.gradients(x, y, compact=not takes_factors)
+        rows = self.problem.gradients(x, y, not takes_factors, into)
         for piece in rows.pieces:
             check_finite(piece, "gradients", samples, start)
         return rows

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,6 +27,7 @@ from outfluence.errors import OutfluenceError, ProblemError
 from outfluence.factors import Factor, Matrix
 from outfluence.fingerprint import fingerprint
 from outfluence.layers import Layout, Recording, Structure, layout, look, record
+from outfluence.machine import KEPT_BYTES, new_memory
 from outfluence.modes import BlockMode
 from outfluence.rows import DenseRows, FactoredRows, GradientRows, check_finite, joined
 
@@ -182,16 +183,17 @@ class Problem:
             losses: Tensor = vmap(loss, in_dims=(0, None if y is None else 0))(output, y)
             return losses.sum()
 
-    def gradients(self, x: Tree, y: Tree, compact: bool = True) -> GradientRows:
+    def gradients(self, x: Tree, y: Tree, compact: bool = True, into: Tensor | None = None) -> GradientRows:
         """Gradients of each sample's loss, factored as far as is known how (`structured`).
 
         Args:
             x: inputs.
             y: labels.
             compact: form those that take fewer numbers when they are formed.
+            into: where they are written if none is factored, ``(n, P)``; None: new memory.
         """
         if not self.structure.units:
-            return DenseRows(self.block_gradients(x, y, self.names), self.sections)
+            return DenseRows(self.block_gradients(x, y, self.names, into), self.sections)
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
                 return self.gradients(_plain(x), _plain(y), compact)
@@ -212,8 +214,8 @@ class Problem:
     @property
     def batch_size(self) -> int:
         """How many samples go through the model at once."""
-        sizes = {name: p.numel() for name, p in self.parameters.items()}
-        return _at_once(self.structure.numbers + 2 * sum(sizes[name] for name in self.structure.dense))
+        parameters = self.parameters
+        return _at_once([parameters[name] for name in self.structure.dense], self.structure.numbers)
 
     def in_batches(self, batch: Batch) -> list[Batch]:
         """Samples in batches of that size."""
@@ -324,8 +326,15 @@ class Problem:
         total = sum(array.shape[1] for array in rows.arrays.values())
         return "\n".join([*lines, f"a gradient: {total:,} numbers instead of {self.n_parameters:,}"])
 
-    def block_gradients(self, x: Tree, y: Tree, names: Iterable[str]) -> Tensor:
-        """Gradients of each sample's loss with respect to some of the parameters, ``(n, sum of their sizes)``."""
+    def block_gradients(self, x: Tree, y: Tree, names: Iterable[str], into: Tensor | None = None) -> Tensor:
+        """Gradients of each sample's loss with respect to some of the parameters, ``(n, sum of their sizes)``.
+
+        Args:
+            x: inputs.
+            y: labels.
+            names: of the parameters.
+            into: where they are written; None: new memory.
+        """
         x, y = self.on_device(x), self.on_device(y)
         parameters = self.parameters
         chosen = {name: parameters[name] for name in names}
@@ -333,10 +342,11 @@ class Problem:
         def loss(block: Mapping[str, Tensor], one_x: Tree, one_y: Tree) -> Tensor:
             return self.sample_loss(parameters | dict(block), one_x, one_y)
 
-        of_batch = self._per_sample(grad(loss), x, y)
+        of_batch = self._per_sample(grad(loss), x, y, at_once=None)
         n, size = len(tree_leaves((x, y))[0]), sum(p.numel() for p in chosen.values())
-        rows, step = next(iter(chosen.values())).new_empty(n, size), _at_once(2 * size)
-        for start in range(0, n, step):  # into memory that is there: new memory would cost more than the gradients
+        rows = new_memory(next(iter(chosen.values())), n, size) if into is None else into
+        step = _at_once(chosen.values())
+        for start in range(0, n, step):
             part = partial(_at, slice(start, start + step))
             gradients = of_batch(chosen, tree_map(part, x), tree_map(part, y))
             parts = [gradients[name].detach().reshape(-1, p.numel()) for name, p in chosen.items()]
@@ -520,10 +530,12 @@ class Problem:
         object.__setattr__(other, "structure", structure)
         return other
 
-    def _per_sample(self, function: Callable[..., Any], x: Tree, y: Tree) -> Callable[..., Any]:
-        # Mapped over the samples of x and y; a missing y stays None.
+    def _per_sample(
+        self, function: Callable[..., Any], x: Tree, y: Tree, at_once: int | None = SAMPLES
+    ) -> Callable[..., Any]:
+        # Mapped over the samples of x and y; a missing y stays None. Results of so many at once are joined: copied.
         dims = (None, None if x is None else 0, None if y is None else 0)
-        mapped: Callable[..., Any] = vmap(function, in_dims=dims, chunk_size=SAMPLES)
+        mapped: Callable[..., Any] = vmap(function, in_dims=dims, chunk_size=at_once)
         return mapped
 
 
@@ -611,9 +623,17 @@ def _uncompiled() -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager") if is_there else nullcontext()
 
 
-def _at_once(numbers: int) -> int:
-    """How many samples are computed at once, if so many numbers are kept of one."""
-    return max(_FEWEST, min(SAMPLES, _NUMBERS // max(1, numbers)))
+def _at_once(dense: Collection[Tensor], numbers: int = 0) -> int:
+    """How many samples are computed at once.
+
+    Args:
+        dense: parameters whose gradients are computed as dense rows. Those of the largest of a batch, and what autodiff
+            makes on the way, is to be memory that the process keeps: new memory costs more than the gradients.
+        numbers: that are kept of one sample besides.
+    """
+    numbers += 2 * sum(p.numel() for p in dense)
+    largest = max((p.nbytes for p in dense), default=1)
+    return max(_FEWEST, min(SAMPLES, _NUMBERS // max(1, numbers), KEPT_BYTES // max(1, largest)))
 
 
 def _plain(tree: Tree) -> Tree:

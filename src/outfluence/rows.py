@@ -352,8 +352,9 @@ class FactoredRows:
         part, matrix, weight = self.part(name), self.matrices[name], self.weights.get(name)
         if isinstance(part, Factor) and part.is_one_hot:
             return _add_gathered(matrix.take(vectors)[:, 0], part, out)
-        for i, j in _tiles(out, 4 * out.element_size() * matrix.groups * matrix.d_in):
-            _add_formed(_take(vectors[i], matrix), _form(part[j], matrix), matrix, weight, out[i, j])
+        for side, at, by in _sides(part, matrix, weight):
+            for i, j in _tiles(out, 4 * out.element_size() * at.groups * at.d_in):
+                _add_formed(_take(vectors[i], at), _form(side[j], at), at, by, out[i, j])
         return None
 
 
@@ -436,6 +437,21 @@ def _form(part: Factor | Tensor, matrix: Matrix) -> _Form:
 
 def _take(rows: Tensor, matrix: Matrix) -> _Form:
     return lambda outputs, into: matrix.take(rows, outputs, into)
+
+
+def _sides(
+    part: Factor | Tensor, matrix: Matrix, weight: Tensor | None
+) -> Iterator[tuple[Factor | Tensor, Matrix, Tensor | None]]:
+    """The weight and the bias of a factor each for itself, as a vector holds them: together they would be copied."""
+    if not isinstance(part, Factor):
+        yield part, matrix, weight
+        return
+    for side, columns in matrix.sides:
+        factor, by = Factor(part.gradients, part.inputs[..., columns]), None if weight is None else weight[..., columns]
+        if side.transposed:
+            side = replace(side, d_out=side.d_in, d_in=side.d_out, transposed=False)  # noqa: PLW2901
+            factor, by = Factor(factor.inputs, factor.gradients), None if by is None else by.mT
+        yield factor, side, by
 
 
 def _length_of(parts: Mapping[str, Factor | Tensor]) -> tuple[int, Tensor]:

@@ -39,11 +39,11 @@ from outfluence.jobs import (
     length,
     numpy_name,
 )
-from outfluence.machine import float32_products
+from outfluence.machine import float32_products, new_memory
 from outfluence.modes import InfluenceMode
 from outfluence.plan import Costs
 from outfluence.record import Record, resident_bytes
-from outfluence.rows import GradientRows, Rows, check_finite
+from outfluence.rows import DenseRows, GradientRows, Rows, check_finite
 from outfluence.store import Store
 
 #: Rows of a block of scores that are looked at together where that takes memory.
@@ -272,13 +272,15 @@ def _dot_products(job: Job, chunk: slice, record: Record) -> Scores:
         for array in right.arrays.values():
             check_finite(array, "stored gradients", "training", chunk.start)
     else:
-        arrays = {name: array.new_empty(n, array.shape[1]) for name, array in template.arrays.items()}
-        left = job.left_rows()
-        for part, gradients in _gradients_of_chunk(job, chunk, record):
+        arrays = {name: new_memory(array, n, array.shape[1]) for name, array in template.arrays.items()}
+        left, into = job.left_rows(), arrays["values"] if n and isinstance(template, DenseRows) else None
+        for part, gradients in _gradients_of_chunk(job, chunk, record, into):
             if n:
                 with record("gradients"):
                     for name, array in _alike(model.right_rows(gradients, left), template, "training", part):
-                        arrays[name][_within(part, chunk)] = array
+                        place = arrays[name][_within(part, chunk)]
+                        if array.data_ptr() != place.data_ptr():
+                            place.copy_(array)
         right = template.with_arrays(arrays)
     if job.wanted.gradients:
         for name, array in right.arrays.items():
@@ -315,8 +317,17 @@ def _perturbed(job: Job, chunk: slice, record: Record) -> Scores:
     return scores
 
 
-def _gradients_of_chunk(job: Job, chunk: slice, record: Record) -> Iterator[tuple[slice, GradientRows]]:
-    """The gradients of a chunk of training samples, a batch at a time; their self-influences on the way."""
+def _gradients_of_chunk(
+    job: Job, chunk: slice, record: Record, into: Tensor | None = None
+) -> Iterator[tuple[slice, GradientRows]]:
+    """The gradients of a chunk of training samples, a batch at a time; their self-influences on the way.
+
+    Args:
+        job: what is computed.
+        chunk: which samples.
+        record: of the task.
+        into: where dense gradients may be written.
+    """
     assert job.plan is not None
     assert job.train is not None
     selves = []
@@ -325,7 +336,8 @@ def _gradients_of_chunk(job: Job, chunk: slice, record: Record) -> Iterator[tupl
     for part in _batches(chunk, job.plan.batch_size):
         x, y = tree_map(partial(_part, _within(part, chunk)), rows)
         with record("gradients"):
-            gradients = job.model.gradient_rows(x, y, "training", part.start)
+            place = None if into is None else into[_within(part, chunk)]
+            gradients = job.model.gradient_rows(x, y, "training", part.start, place)
         if job.wanted.self_influences:
             with record("self-influences"):
                 selves.append(job.model.inverse.quadratic(gradients))
@@ -463,8 +475,8 @@ def _held_factors(store_id: str) -> dict[int, Rows]:  # noqa: ARG001 - one run's
 def _read_factors(job: Job, tile: slice, record: Record) -> Rows:
     template, arrays = job.left_rows(), {}
     for name, array in template.arrays.items():
-        stored = torch.from_numpy(record.read(f"{FACTORS}/{name}", (tile,))).clone()  # aligned, see data
-        arrays[name] = stored.to(array.device)
+        stored = torch.from_numpy(record.read(f"{FACTORS}/{name}", (tile,)))
+        arrays[name] = new_memory(array, *stored.shape).copy_(stored)  # aligned, see data
         check_finite(arrays[name], "stored influence factors", "test", tile.start)
     return template.with_arrays(arrays)
 

@@ -74,7 +74,13 @@ class EnsembleProblem(Problem):
         """See `Problem`."""
         return EnsembleProblem([member.to(device) for member in self.members])
 
-    def gradients(self, x: Tree, y: Tree, compact: bool = True) -> GradientRows:
+    def gradients(
+        self,
+        x: Tree,
+        y: Tree,
+        compact: bool = True,
+        into: Tensor | None = None,  # noqa: ARG002 - there are several arrays
+    ) -> GradientRows:
         """See `Problem`."""
         rows = [member.gradients(x, y, compact) for member in self.members]
         return cast(GradientRows, EnsembleRows(tuple(rows), (1.0,) * len(rows)))  # for the inverses of the members
