@@ -40,6 +40,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/fidelity.py
+	$(BIN)/python benchmarks/assessment.py
 
 clean:
 	rm -rf .venv runs site

@@ -13,6 +13,7 @@ __version__ = importlib.metadata.version("outfluence")
 
 _HOME = {
     "ArnoldiInfluence": "methods",
+    "Assessment": "assessment",
     "BlockMode": "modes",
     "CgInfluence": "methods",
     "DaskInfluenceCalculator": "calculators",
@@ -41,6 +42,7 @@ _HOME = {
     "TorchTwiceDifferentiable": "functional",
     "TracInInfluence": "methods",
     "WeightSharing": "modes",
+    "assess": "assessment",
     "compute_influence_factors": "functional",
     "compute_influences": "functional",
     "compute_linear_influences": "functional",
@@ -52,6 +54,7 @@ _HOME = {
 
 __all__ = [
     "ArnoldiInfluence",
+    "Assessment",
     "BlockMode",
     "CgInfluence",
     "DaskInfluenceCalculator",
@@ -80,6 +83,7 @@ __all__ = [
     "TorchTwiceDifferentiable",
     "TracInInfluence",
     "WeightSharing",
+    "assess",
     "compute_influence_factors",
     "compute_influences",
     "compute_linear_influences",
@@ -91,6 +95,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from outfluence.analysis import open_history, open_influences, top_k
+    from outfluence.assessment import Assessment, assess
     from outfluence.calculators import DaskInfluenceCalculator, SequentialInfluenceCalculator
     from outfluence.data import Data
     from outfluence.functional import (

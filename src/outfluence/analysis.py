@@ -15,7 +15,7 @@ import xarray as xr
 
 from outfluence.errors import DataError
 from outfluence.plan import Plan
-from outfluence.store import Store
+from outfluence.store import ASSESS, Store
 
 
 def open_influences(path: str | os.PathLike[str]) -> xr.Dataset:
@@ -31,7 +31,8 @@ def open_influences(path: str | os.PathLike[str]) -> xr.Dataset:
         ``top_train (test, top_rank)``, ``bottom_scores`` and ``bottom_train (test, bottom_rank)``,
         ``group_means (group, train, ...)``, ``factors (test, parameter)``, ``gradients (train, parameter)``; of
         methods whose factors are kept in fewer numbers the arrays of these instead (``factor_coordinates (test,
-        coordinate)``, ``factor_inputs (test, test_input)``, ...; docs/format.md lists them), and so for gradients.
+        coordinate)``, ``factor_inputs (test, test_input)``, ...; docs/format.md lists them), and so for gradients. The
+        attribute ``assessment`` says how far to believe them, where the run was asked to ``assess``.
 
     Raises:
         StoreError: if there is no store.
@@ -45,6 +46,9 @@ def open_influences(path: str | os.PathLike[str]) -> xr.Dataset:
         if group in store.group:
             for name, array in xr.open_zarr(store.path, group=group).data_vars.items():
                 dataset[group if name == "values" else f"{group.removesuffix('s')}_{name}"] = array
+    assessed = store.receipt(ASSESS, 0)
+    if assessed is not None:
+        dataset.attrs["assessment"] = assessed["assessment"]["text"]
     if not store.is_complete:
         done = ", ".join(f"{n} of {total} tasks of {stage!r}" for stage, (n, total) in store.progress().items())
         warnings.warn(

@@ -40,6 +40,7 @@ from outfluence.errors import (
     ClusterError,
     ConvergenceWarning,
     DamageWarning,
+    DataError,
     Interrupted,
     PlanError,
     ProblemError,
@@ -76,8 +77,9 @@ from outfluence.progress import ProgressCallback, Tracker, as_callback
 from outfluence.record import resident_bytes
 from outfluence.rows import GradientRows
 from outfluence.runs import Do, here, resumable, workplace
-from outfluence.store import Store
+from outfluence.store import ASSESS, Store
 from outfluence.tasks import (
+    assess_task,
     calibrate,
     check_task,
     read_all_factors,
@@ -179,6 +181,7 @@ class InfluenceCalculator(ABC):
         self_influences: bool = False,
         keep_gradients: bool = False,
         from_store: str | os.PathLike[str] | None = None,
+        assess: bool = False,
         memory_limit: str | int | None = None,
         test_chunk: int | None = None,
         train_chunk: int | None = None,
@@ -200,6 +203,9 @@ class InfluenceCalculator(ABC):
             self_influences: also the influence of each training sample on itself, ``(n_train,)``.
             keep_gradients: also keep the rows that training samples are encoded to, for ``from_store``.
             from_store: a store with such rows: the training data is not read and the model does not see it.
+            assess: also say how far to believe the scores, from a sample of the data; see `assess`. It is a task of its
+                own, the first one, whose memory is not planned. The store keeps what it finds; asked of a finished
+                store it is the only one.
             memory_limit: see `influence_factors`.
             test_chunk: test samples per chunk of the result; None: the plan chooses.
             train_chunk: training samples per chunk of the result; None: the plan chooses.
@@ -209,8 +215,12 @@ class InfluenceCalculator(ABC):
         """
         job = Job(self.model, test=Data.of(test), mode=InfluenceMode(mode))
         job = with_training(job, train, from_store)
+        if assess and job.train is None:
+            raise DataError("assess needs the training data: it cannot be had from_store")
+        if assess and len(self.model.problem.members) > 1:
+            raise ProblemError("an ensemble is assessed model by model: call assess with each of its influence models")
         wanted = wanted_of(job, matrix, top_k, bottom_k, groups, self_influences, keep_gradients)
-        return self._lazy(replace(job, wanted=wanted), memory_limit, test_chunk, train_chunk)
+        return self._lazy(replace(job, wanted=wanted, assess=assess), memory_limit, test_chunk, train_chunk)
 
     def influences_from_factors(
         self,
@@ -412,9 +422,8 @@ class LazyInfluences:
                 return read_all_factors(replace(job, plan=self.plan), Store(path))
             if not job.has_test:
                 return np.asarray(dataset[SELVES].values)
-            return (
-                np.asarray(dataset[SCORES].values) if job.wanted.identity() == Wanted().identity() else dataset.load()
-            )
+            is_plain = job.wanted.identity() == Wanted().identity() and not job.assess
+            return np.asarray(dataset[SCORES].values) if is_plain else dataset.load()
         except (RunError, Interrupted) as error:
             error.add_note("compute() keeps nothing where it fails: use to_zarr(path), which goes on from there")
             raise
@@ -466,7 +475,7 @@ class LazyInfluences:
         plan = self._stored_plan(store)
         if replaced is not None:
             shutil.rmtree(replaced, ignore_errors=True)
-        if not store.is_complete:
+        if not store.is_complete or (job.assess and not store.done(ASSESS)):
             # Passes over the data of the fit are in batches that the plan has counted.
             job = replace(job, model=_begun_with(store, job.model), plan=plan).in_batches(plan.batch_size)
             job = replace(job, store=store.path, store_id=store.id)
@@ -499,8 +508,13 @@ def _run(job: Job, executor: Executor, store: Store, callback: ProgressCallback 
     failures: list[tuple[str, BaseException]] = []
     on_dask = isinstance(executor, DaskExecutor)
     with workplace(job, executor, store, callback) as do:
-        _withdraw_damaged(do, job.plan, executor, store)
-        for stage in job.plan.stages:
+        if job.assess and not store.done(ASSESS):
+            outcomes = executor.run(do(assess_task), [0], ASSESS)
+            failures += [("assess", outcome.error) for outcome in outcomes if outcome.error is not None]
+        stages = [] if store.is_complete else job.plan.stages
+        if stages:
+            _withdraw_damaged(do, job.plan, executor, store)
+        for stage in stages:
             if stage.name == "strongest" and len(store.done("scores", or_in_part=True)) < _stage(job, "scores").n_tasks:
                 break  # without the candidates of all strips there is nothing to merge; the failures say why
             where: tuple[Do, Executor] = (do, executor)

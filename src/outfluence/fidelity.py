@@ -22,11 +22,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import xarray as xr
-from scipy import stats
 
 from outfluence.contents import made_now
 from outfluence.data import Data, DataLike, to_numpy
 from outfluence.errors import DataError, NonFiniteError, StoreError
+from outfluence.estimates import Estimate, rank_correlations, ranks
 from outfluence.executors import DaskExecutor, Executor, SequentialExecutor, dask_executor
 from outfluence.fingerprint import fingerprint
 from outfluence.jobs import local_path, major_versions, raise_failures
@@ -41,41 +41,6 @@ from outfluence.store import ArraySpec, Store
 Train = Callable[[np.ndarray, int], torch.nn.Module]
 
 LOSSES = "losses"
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with the interval in which it would be for other samples.
-
-    Attributes:
-        value: the mean, or whatever `of` says.
-        low: lower end of the 95% bootstrap interval.
-        high: upper end.
-        each: what it is made of, one for each sample.
-    """
-
-    value: float
-    low: float
-    high: float
-    each: np.ndarray
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
-
-    @classmethod
-    def of(cls, statistic: Callable[..., Any], *samples: np.ndarray) -> Self:
-        """A statistic of samples that are drawn again with replacement, together (percentile bootstrap).
-
-        Of a single sample the interval is NaN.
-        """
-        value = float(statistic(*samples))
-        if len(samples[0]) < 2:
-            return cls(value, np.nan, np.nan, samples[0])
-        drawn = stats.bootstrap(
-            samples, statistic, paired=True, vectorized=False, n_resamples=1000, method="percentile", rng=0
-        )
-        low, high = drawn.confidence_interval
-        return cls(value, float(low), float(high), samples[0])
 
 
 def random_subsets(n_train: int, n: int, *, fraction: float = 0.5, seed: int = 0) -> np.ndarray:
@@ -128,17 +93,7 @@ def linear_datamodeling_score(scores: Any, subsets: Any, losses: Any) -> Estimat
     if not np.isfinite(predicted).all():
         bad = np.flatnonzero(~np.isfinite(predicted).all(0)).tolist()
         raise NonFiniteError(f"scores of test samples {bad[:10]} are NaN or infinite: is their run finished?", bad)
-    return Estimate.of(np.mean, _rank_correlations(-predicted, losses))
-
-
-def _rank_correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Spearman's, of each column of a with that of b."""
-    ranks = [stats.rankdata(side, axis=0) for side in (a, b)]
-    ranks = [side - side.mean(0) for side in ranks]
-    sizes = np.sqrt(np.prod([(side**2).sum(0) for side in ranks], axis=0))
-    correlations: np.ndarray = np.zeros_like(sizes)
-    np.divide((ranks[0] * ranks[1]).sum(0), sizes, out=correlations, where=sizes > 0)
-    return correlations
+    return Estimate.of(np.mean, rank_correlations(-predicted, losses))
 
 
 def mislabel_detection(self_influences: Any, is_wrong: Any) -> Estimate:
@@ -164,8 +119,8 @@ def mislabel_detection(self_influences: Any, is_wrong: Any) -> Estimate:
         n_right = len(is_wrong) - n_wrong
         if n_wrong == 0 or n_right == 0:  # of a bootstrap sample
             return 0.5
-        ranks = stats.rankdata(values)[is_wrong > 0].sum()
-        return float((ranks - n_wrong * (n_wrong + 1) / 2) / (n_wrong * n_right))
+        of_wrong = ranks(values[:, None])[is_wrong > 0].sum()
+        return float((of_wrong - n_wrong * (n_wrong + 1) / 2) / (n_wrong * n_right))
 
     return Estimate.of(area, suspicion, wrong)
 

@@ -86,6 +86,7 @@ class Job:
         gradients: their rows, kept by another run.
         mode: perturb weights or features.
         wanted: which results.
+        assess: whether the scores are assessed; see `assessment`.
         plan: how it is cut.
         store: where the results go.
         store_id: of that store.
@@ -103,6 +104,7 @@ class Job:
     gradients: Data | None = None
     mode: InfluenceMode = InfluenceMode.Up
     wanted: Wanted = Wanted()
+    assess: bool = False
     plan: Plan | None = None
     store: Path | None = None
     store_id: str = ""

@@ -136,7 +136,8 @@ def memory(history: xr.Dataset) -> Figure:
         ends: Any = np.stack([np.stack([x, peak / size], axis=1)[ours] for x in (left, right)], axis=1)
         axis.add_collection(LineCollection(ends, color=colour, lw=2.5, capstyle="round", label=stage))
         extent = left[ours].min(), right[ours].max()
-        axis.hlines(projected[stage] / size, *extent, color=colour, ls=":", lw=1.5, label=f"{stage}, projected")
+        if stage in projected:
+            axis.hlines(projected[stage] / size, *extent, color=colour, ls=":", lw=1.5, label=f"{stage}, projected")
     axis.axhline(limit / size, color=_RED, ls="--", lw=1.2, label="limit")
     if is_far:
         axis.annotate(

@@ -34,6 +34,9 @@ FORMAT_VERSION = 1
 ATTRIBUTE = "outfluence"
 
 _RECEIPTS, _WORK = "receipts", "work"
+#: The stage whose only receipt says how far to believe the scores; no run needs it to be finished.
+ASSESS = "assess"
+
 #: In the name of a store that is about to be replaced.
 _ASIDE = ".replaced-"
 #: In the name of the receipt of a task that is done in part.

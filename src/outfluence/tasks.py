@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from outfluence.analysis import first_of
+from outfluence.assessment import assess
 from outfluence.data import to_numpy, tree_map
 from outfluence.errors import ClusterError, ConvergenceWarning, DataError, StoreError
 from outfluence.executors import KILLED, profile_worker
@@ -44,7 +45,7 @@ from outfluence.modes import InfluenceMode
 from outfluence.plan import Costs
 from outfluence.record import Record, resident_bytes
 from outfluence.rows import DenseRows, GradientRows, Rows, check_finite
-from outfluence.store import Store
+from outfluence.store import ASSESS, Store
 
 #: Rows of a block of scores that are looked at together where that takes memory.
 _ROWS = 64
@@ -176,6 +177,26 @@ def _within_memory(job: Job, store: Store, task: tuple[str, int], samples: slice
 
 def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def assess_task(job: Job, task: int, attempt: int = 0) -> dict[str, Any]:  # noqa: ARG001
+    """Assess the scores, and keep what was found as the receipt."""
+    assert job.store is not None
+    assert job.test is not None
+    assert job.train is not None
+    store = Store(job.store)
+    if store.id != job.store_id:
+        raise StoreError(f"{job.store} has been replaced by another store")
+    finished = store.receipt(ASSESS, task)
+    if finished is not None:
+        return _summary(finished)
+    record = Record(store, job.baseline_bytes)
+    with record(ASSESS), float32_products(job.model.problem.device, job.precision):
+        found = assess(job.model, job.test, job.train)
+    receipt = {"stage": ASSESS, "task": task, "start": 0, "stop": found.n_train, "assessment": found.to_json()}
+    receipt |= record.report()
+    store.leave_receipt(ASSESS, task, receipt)
+    return _summary(receipt)
 
 
 def _factors(job: Job, samples: slice, record: Record, _missing: Sequence[int]) -> None:
