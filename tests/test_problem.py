@@ -16,7 +16,7 @@ from torch import nn
 
 import reference
 from cases import Nested, make_case
-from outfluence import BlockMode, DirectInfluence, Problem
+from outfluence import BlockMode, DirectInfluence, EkfacInfluence, Problem
 from outfluence.data import Data, tree_leaves
 from outfluence.errors import NonFiniteError, ProblemError
 from outfluence.fingerprint import fingerprint
@@ -398,3 +398,59 @@ def test_blocks_of_a_compiled_model_go_by_either_name():
     names = [name for name, _ in model.named_parameters()]
     assert names[0] == "_orig_mod.0.weight"
     assert Problem(model, F.cross_entropy, {"a": names}).blocks == {"a": ("0.weight", "0.bias")}
+
+
+class Attending(nn.Module):
+    """A head of attention, by torch's function or written out."""
+
+    def __init__(self, by_torch, by_name=False):
+        super().__init__()
+        self.project, self.head = nn.Linear(3, 12), nn.Linear(4, 3)
+        self.by_torch, self.by_name = by_torch, by_name
+
+    def forward(self, x):
+        query, key, value = self.project(x)[:, None].chunk(3, dim=-1)
+        if not self.by_torch:
+            mixed = (query @ key.mT / 2).softmax(-1) @ value
+        elif self.by_name:
+            mixed = F.scaled_dot_product_attention(key=key, query=query, value=value)
+        else:
+            mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.head(mixed[:, 0].mean(1))
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("n_positions", [4, 150])
+def test_attention_can_be_differentiated_twice(n_positions, by_name):
+    """Of torch's kernels for attention there is one derivative only, and of one sample at a time."""
+    torch.manual_seed(0)
+    by_torch, written_out = Attending(True, by_name).double(), Attending(False).double()
+    written_out.load_state_dict(by_torch.state_dict())
+    x, y = torch.randn(9, n_positions, 3).double(), torch.randint(0, 3, (9,))
+    for make in (
+        lambda model: DirectInfluence(model, F.cross_entropy, 0.5),
+        lambda model: DirectInfluence(model, F.cross_entropy, 0.1, second_order_mode="gauss_newton"),
+        lambda model: EkfacInfluence(model, True, 0.1, fisher="exact"),
+    ):
+        for mode in ("up", "perturbation"):
+            found, expected = (
+                make(model).fit((x, y)).influences(x[:2], y[:2], x, y, mode=mode) for model in (by_torch, written_out)
+            )
+            assert (found - expected).abs().max() <= 1e-9 * expected.abs().max()
+
+
+def test_attention_is_torchs_own_where_it_is_over_many_positions():
+    """Its kernel does not keep the weights of all pairs of positions for the backward pass."""
+    model = Attending(True).double()
+
+    def kept(n_positions):
+        sizes = []
+        problem = Problem(model, F.cross_entropy).structured(
+            Data.of((torch.randn(3, 4, 3).double(), torch.zeros(3).long())).rows(slice(0, 3))
+        )
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            problem.record(torch.randn(1, n_positions, 3).double())
+        return max(sizes)
+
+    assert kept(128) == 128**2
+    assert kept(129) < 129**2

@@ -353,8 +353,7 @@ def retrain_task(job: Retraining, task: int, attempt: int = 0) -> dict[str, Any]
     if finished is not None:
         return finished
     record, (subset, seed) = Record(store, job.baseline_bytes), divmod(task, job.seeds)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # that training may use
-    with float32_products(device, job.precision):
+    with float32_products(None, job.precision):  # training is the user's: as it is without us
         with record("train"), torch.enable_grad(), _seeded(seed):
             model = job.train(np.flatnonzero(job.subsets[subset]), seed)
         with record("losses"), torch.no_grad():

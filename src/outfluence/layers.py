@@ -13,16 +13,21 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from outfluence.errors import UnsupportedLayerError
 from outfluence.factors import Factor, Matrix
+
+#: Most pairs of positions of which attention is computed as matrix products.
+_PAIRS = 128**2
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,11 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         given = {self._names[id(leaf)] for leaf in _tensors((args, kwargs)) if id(leaf) in self._names}
         if not given:
-            return func(*args, **kwargs)
+            if func is not F.scaled_dot_product_attention:
+                return func(*args, **kwargs)
+            query, key = [*args, *(kwargs[name] for name in ("query", "key") if name in kwargs)][:2]
+            with _products(query.shape[-2] * key.shape[-2]):
+                return func(*args, **kwargs)
         if func is F.multi_head_attention_forward and torch.is_grad_enabled():
             result = self._attention(args, kwargs)
             if result is not None:
@@ -204,7 +213,8 @@ class Recorder(TorchFunctionMode):
         kept = given | dict(zip(("query", "key", "value"), projected, strict=True))
         kept |= {"in_proj_weight": None, "in_proj_bias": None, "use_separate_proj_weight": True}
         kept |= {f"{name}_proj_weight": same for name in "qkv"} | {"out_proj_weight": same, "out_proj_bias": None}
-        output, attention = F.multi_head_attention_forward(**kept)
+        with _products(len(inputs[0]) * len(inputs[1])):
+            output, attention = F.multi_head_attention_forward(**kept)
         return self._project(output, given["out_proj_weight"], given["out_proj_bias"], None), attention
 
     def _project(
@@ -535,6 +545,17 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 _Name = Callable[[Any], str | None]
 #: Along which axes of the output a vector lies that is broadcast.
 _BROADCAST = (-1_000_000,)
+
+
+def _products(pairs: int) -> AbstractContextManager[Any]:
+    """Compute attention of few pairs of positions as matrix products: its kernel makes many small ones of them.
+
+    Each of these costs some ten microseconds in oneDNN (see `machine`): attention over 64 positions took five times as
+    long. Over many the kernel needs less memory.
+    """
+    return sdpa_kernel(SDPBackend.MATH) if pairs <= _PAIRS else nullcontext()
+
+
 _ATTENTION = inspect.signature(F.multi_head_attention_forward)
 
 

@@ -67,7 +67,7 @@ def precision_asked() -> str:
 
 
 @contextmanager
-def float32_products(device: torch.device, asked: str | None = None) -> Iterator[None]:
+def float32_products(device: torch.device | None, asked: str | None = None) -> Iterator[None]:
     """Compute products of float32 matrices in a precision; afterwards as before.
 
     torch leaves them to MKL, which does not use the AVX-512 of processors made by AMD. oneDNN does, and is asked for
@@ -76,12 +76,12 @@ def float32_products(device: torch.device, asked: str | None = None) -> Iterator
     that is so is tried once in a process.
 
     Args:
-        device: where.
+        device: where; None: as it is asked for, and no faster.
         asked: see `precision_asked`; None: as it is here.
     """
     before = precision_asked()
     target = asked or before
-    if target == "highest" and device.type == "cpu" and _is_onednn_exact():
+    if target == "highest" and device is not None and device.type == "cpu" and _is_onednn_exact():
         target = "medium"
     if not before or (_inside and asked is None) or (not _inside and target == before):
         yield

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree
@@ -135,7 +136,14 @@ class Problem:
         return {name: part.reshape(n, *parameters[name].shape) for name, part in zip(chosen, parts, strict=True)}
 
     def output(self, parameters: Mapping[str, Tensor], x: Tree) -> Any:
-        """The model's output for a batch, as a function of (some of) its parameters."""
+        """The model's output for a batch, as a function of (some of) its parameters, which can be differentiated twice.
+
+        So attention is computed as matrix products: its kernels have one derivative only, and of one sample at a time.
+        """
+        with sdpa_kernel(SDPBackend.MATH):
+            return self._run(parameters, x)
+
+    def _run(self, parameters: Mapping[str, Tensor], x: Tree) -> Any:
         args, kwargs = ((), dict(x)) if isinstance(x, Mapping) else (x if isinstance(x, tuple) else (x,), {})
         with _uncompiled():
             return functional_call(self.model, dict(parameters), args, kwargs)
@@ -230,7 +238,7 @@ class Problem:
             UnsupportedLayerError: if the model does something else than when it was looked at by `structured`.
         """
         x = self.on_device(x)
-        return record(partial(self.output, x=x), self.parameters, self.structure, tree_leaves(x)[0].shape[0])
+        return record(partial(self._run, x=x), self.parameters, self.structure, tree_leaves(x)[0].shape[0])
 
     def structured(self, batch: Batch) -> Problem:
         """This problem, knowing which of its gradients are sums of outer products; see `layers`.
