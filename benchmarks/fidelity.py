@@ -7,7 +7,8 @@ correlation, over the halves, of the sum of the scores of a half's samples with 
 with its 95% bootstrap interval. ``one``: of the scores of one model trained on all data; ``mean``: of their mean over
 `MODELS` models of other seeds. `damping` is the regularization: a number; or a multiple of the mean eigenvalue of
 EK-FAC, of all layers together or of each. `cpu` are CPU seconds for one model, from data in memory to scores in memory;
-the first model is not counted (torch loads what it needs). `ceiling` is about what perfect scores would reach: models
+the first model is not counted (torch loads what it needs). `numbers` are those that a training sample is encoded to: what a
+store that keeps gradients holds. `ceiling` is about what perfect scores would reach: models
 of the same half differ, too. ``--peers``: those of kronfluence and TRAK besides, in virtual environments as `peers.py`
 makes them.
 
@@ -35,13 +36,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy.stats import rankdata
 
 from fidelity_peers import peers_of, scores_of_peer
 from fidelity_problems import PROBLEMS, MnistMlp
-from outfluence import ArnoldiInfluence, DirectInfluence, EkfacCgInfluence, EkfacInfluence, Problem
+from outfluence import (
+    ArnoldiInfluence,
+    DirectInfluence,
+    EkfacCgInfluence,
+    EkfacInfluence,
+    Problem,
+    ProjectedInfluence,
+    TracInInfluence,
+)
 from outfluence.analysis import detection_curve
 from outfluence.fidelity import linear_datamodeling_score, mislabel_detection, random_subsets, retrain
 
@@ -79,16 +89,39 @@ class Method:
 def methods(problem, model):
     """Those that are not too expensive."""
     loss, gauss_newton = problem.loss, {"second_order_mode": "gauss_newton"}
+
+    def projected(m, rank, projection, kernel):
+        return ProjectedInfluence(m, loss, 1.0, rank, projection, kernel)
+
     n_parameters, outputs = sum(p.numel() for p in model.parameters()), model(problem.test[0][:1]).numel()
     absolute = [Damping(factor) for factor in (1e-4, 1e-3, 1e-2)]
     of_all = [Damping(factor, "all") for factor in (1e-3, 1e-2, 0.1, 1, 10)]
+    of_few = [Damping(factor, "all") for factor in (1, 10, 100, 1000)]
     of_each = [Damping(factor, "layer") for factor in (1e-3, 1e-2, 0.1, 1, 10)]
-    yield Method("gradients alone", None, [None])
+    yield Method("gradients alone", lambda m: TracInInfluence(m, loss, [m.state_dict()]), [None])
     yield Method("K-FAC", lambda m: EkfacInfluence(m, False, 1.0, loss=loss), of_all[1:])
-    yield Method("EK-FAC", lambda m: EkfacInfluence(m, True, 1.0, loss=loss), absolute + of_all + of_each)
+    some = [Damping(0.3, "all")]
+    yield Method("EK-FAC", lambda m: EkfacInfluence(m, True, 1.0, loss=loss), absolute + of_all + some + of_each)
     if outputs <= 10:
         exact = {"loss": loss, "fisher": "exact"}
         yield Method("EK-FAC, exact Fisher", lambda m: EkfacInfluence(m, True, 1.0, **exact), of_all[1:4])
+        for part in (10, 20):
+            yield Method(
+                f"EK-FAC, exact Fisher, rank P/{part}",
+                lambda m, rank=n_parameters // part: EkfacInfluence(m, True, 1.0, **exact, rank=rank),
+                of_all[1:4],
+            )
+        for rank in (512, 2048):
+            yield Method(
+                f"projected, PCA, {rank}, exact",
+                lambda m, k=rank: projected(m, k, "pca", "exact"),
+                of_all[2:] + of_few[2:],
+            )
+        yield Method("projected, two-sided, 2048, exact", lambda m: projected(m, 2048, "two_sided", "exact"), of_few)
+    yield Method("projected, PCA, 2048", lambda m: projected(m, 2048, "pca", "sampled"), of_all[2:] + of_few[2:])
+    yield Method("projected, sparse, 2048", lambda m: projected(m, 2048, "sjlt", "sampled"), of_few)
+    if problem.loss is F.cross_entropy:
+        yield Method("projected, Gaussian, 512, of TRAK", lambda m: projected(m, 512, "gaussian", "margin"), of_few)
     yield Method(
         "EK-FAC, tolerance 0.1", lambda m: EkfacInfluence(m, True, 1e-4, loss=loss, tolerance=0.1), of_all[2:3]
     )
@@ -118,18 +151,18 @@ def eigenvalues_of(model, problem):
 
 
 def scores_of(method, problem, model, eigenvalues):
-    """For each damping the scores, with the CPU seconds that they take."""
+    """For each damping the scores, the CPU seconds that they take, and the numbers that a training sample takes."""
     start = time.process_time()
-    if method.make is None:
-        rows = [Problem(model, problem.loss).gradients(*data) for data in (problem.test, problem.train)]
-        yield rows[0].dot(rows[1]).numpy(), time.process_time() - start
-        return
     fitted = method.make(model).fit(problem.train)
     fit = time.process_time() - start
+    one = [part[:1] for part in problem.train]
     for damping in method.dampings:
         start = time.process_time()
-        scores = fitted.with_regularization(damping(eigenvalues)).influences(*problem.test, *problem.train)
-        yield scores.numpy(), fit + time.process_time() - start
+        damped = fitted if damping is None else fitted.with_regularization(damping(eigenvalues))
+        scores = damped.influences(*problem.test, *problem.train)
+        cpu = fit + time.process_time() - start
+        rows = damped.right_rows(damped.gradient_rows(*one))
+        yield scores.numpy(), cpu, sum(array.shape[1] for array in rows.arrays.values())
 
 
 def ceiling(losses):
@@ -146,16 +179,17 @@ def predictions(problem, losses, with_peers):
     models = [problem(np.arange(problem.n_train), seed) for seed in range(MODELS)]
     eigenvalues = [eigenvalues_of(model, problem) for model in models]
 
-    def line(method, damping, one, mean, cpu):
+    def line(method, damping, one, mean, cpu, numbers=None):
         scores = {"one": one, "mean": mean}
         found = {name: str(linear_datamodeling_score(s, subsets, losses)) for name, s in scores.items()}
-        return {"method": method, "damping": str(damping or ""), **found, "cpu": round(float(cpu), 3)}
+        found |= {"cpu": round(float(cpu), 3), "numbers": numbers}
+        return {"method": method, "damping": str(damping or ""), **found}
 
     for method in methods(problem, models[0]):
         of_models = [scores_of(method, problem, *of_model) for of_model in zip(models, eigenvalues, strict=True)]
         for damping, *found in zip(method.dampings, *of_models, strict=True):
-            scores, cpu = zip(*found, strict=True)
-            yield line(method.name, damping, scores[0], np.mean(scores, 0), np.mean(cpu[1:]))
+            scores, cpu, numbers = zip(*found, strict=True)
+            yield line(method.name, damping, scores[0], np.mean(scores, 0), np.mean(cpu[1:]), numbers[0])
     for peer in peers_of(problem) if with_peers else ():
         yield line(peer.name, peer.damping, *scores_of_peer(peer, problem, models))
 
@@ -226,9 +260,10 @@ def markdown(head, rows):
 
 def tables(predicted, detected):
     """The best damping of each method; how much the damping matters; and what finds wrong labels."""
-    columns = ["problem", "method", "damping", "one", "mean", "cpu"]
-    head = ["problem", "method", "damping", "one model", "mean of five", "CPU s"]
-    yield markdown(head, [[line[name] for name in columns] for line in best(predicted, "one", *columns[:2])])
+    columns = ["problem", "method", "damping", "one", "mean", "cpu", "numbers"]
+    head = ["problem", "method", "damping", "one model", "mean of five", "CPU s", "numbers a sample"]
+    rows = best(predicted, "one", *columns[:2])
+    yield markdown(head, [[line.get(name) or "" for name in columns] for line in rows])
     problems, sweeps = {line["problem"]: line["ceiling"] for line in predicted}, {}
     for line in predicted:
         if line["method"] in SWEPT:
