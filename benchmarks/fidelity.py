@@ -7,8 +7,8 @@ correlation, over the halves, of the sum of the scores of a half's samples with 
 with its 95% bootstrap interval. ``one``: of the scores of one model trained on all data; ``mean``: of their mean over
 `MODELS` models of other seeds. `damping` is the regularization: a number; or a multiple of the mean eigenvalue of
 EK-FAC, of all layers together or of each. `cpu` are CPU seconds for one model, from data in memory to scores in memory;
-the first model is not counted (torch loads what it needs). `numbers` are those that a training sample is encoded to: what a
-store that keeps gradients holds. `ceiling` is about what perfect scores would reach: models
+the first model is not counted (torch loads what it needs). `numbers` are those that a training sample is encoded to:
+what a store that keeps gradients holds. `ceiling` is about what perfect scores would reach: models
 of the same half differ, too. ``--peers``: those of kronfluence and TRAK besides, in virtual environments as `peers.py`
 makes them.
 

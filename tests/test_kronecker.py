@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import reference
 from cases import make_case
-from outfluence import Data, DirectInfluence, EkfacInfluence, Problem
+from outfluence import Data, DirectInfluence, EkfacInfluence, EnsembleInfluence, Problem, SequentialInfluenceCalculator
 from outfluence.errors import NonFiniteError, ProblemError, SingularMatrixError, UnsupportedLayerError
 from outfluence.likelihood import find_likelihood, uniform_draws
 
@@ -418,7 +418,7 @@ def test_a_singular_fisher_is_refused_with_a_way_out():
     model, (x, y), _ = mlp()
     x = x.clone()
     x[:, 0] = 0  # a dead input
-    with pytest.raises(SingularMatrixError, match=r"layer '0' has no inverse.*a tenth of the mean eigenvalue"):
+    with pytest.raises(SingularMatrixError, match=r"layer '0' has no inverse.*None takes 0.3 of the mean eigenvalue"):
         EkfacInfluence(model).fit((x, y))
     influence = EkfacInfluence(model, hessian_regularization=0.1).fit((x, y))
     with pytest.raises(SingularMatrixError):
@@ -433,3 +433,27 @@ def test_gradients_that_are_not_finite_are_reported_by_fit():
         EkfacInfluence(model, True, LAMBDA).fit(DataLoader(TensorDataset(x, y), batch_size=5))
     with pytest.raises(NonFiniteError, match="training sample 13"):
         DirectInfluence(model, F.cross_entropy, 10.0).fit(DataLoader(TensorDataset(x, y), batch_size=5))
+
+
+@pytest.mark.parametrize("update_diagonal", [False, True])
+def test_without_a_regularization_it_follows_from_the_eigenvalues(update_diagonal, tmp_path):
+    case = make_case("mlp")
+
+    def model():
+        return EkfacInfluence(case.model, update_diagonal, None, fisher="exact")
+
+    fitted = model().fit(case.train)
+    eigenvalues = torch.cat([values.flatten() for values in fitted.inverse.eigenvalues.values()])
+    expected = 0.3 * float(eigenvalues.mean())
+    assert fitted.regularization == dict.fromkeys(["0", "2"], pytest.approx(expected, rel=5e-3))
+    value = fitted.regularization["0"]
+    given = EkfacInfluence(case.model, update_diagonal, value, fisher="exact").fit(case.train)
+    scores = given.influences(*case.test, *case.train)
+    assert torch.equal(fitted.influences(*case.test, *case.train), scores)
+    for _ in range(2):  # fitted by tasks, and loaded
+        by_tasks = SequentialInfluenceCalculator(model()).fit(case.train, tmp_path / "fit.zarr")
+        assert by_tasks.regularization == fitted.regularization
+        assert torch.allclose(by_tasks.influences(*case.test, *case.train), scores, rtol=1e-9)
+    ensemble = EnsembleInfluence([model()]).fit(case.train)
+    assert ensemble.regularization == {"0.0": value, "0.2": value}
+    assert fitted.with_regularization(0.5).fit(case.train).regularization == {"0": 0.5, "2": 0.5}

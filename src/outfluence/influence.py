@@ -63,7 +63,6 @@ class InfluenceModel:
         self.solver = solver
         self._inverse: Inverse | None = None
         self._empty: GradientRows | None = None
-        self._regularization: dict[str, float] = {}
         self._fitted_on: dict[str, Any] = {}
         self._versions: list[tuple[int, int]] = []
 
@@ -105,7 +104,6 @@ class InfluenceModel:
         self.problem = self.problem.unstructured().check(_first(data), "training")
 
     def _fitted(self, data: Data) -> Self:
-        self._regularization = per_block(self.solver.regularization, self.problem)
         self._fitted_on = {"fit_data": data.fingerprint, **self.problem.fingerprint()}
         self._versions = self._parameter_versions()
         self._empty = self.empty_gradients(data.rows(slice(0, 1)))
@@ -159,8 +157,7 @@ class InfluenceModel:
     @property
     def regularization(self) -> dict[str, float]:
         """The regularization of each block of the fitted model."""
-        _ = self.inverse
-        return dict(self._regularization)
+        return dict(self.inverse.regularization)
 
     def to(self, device: torch.device | str) -> Self:
         """Work on a device from now on; the user's module stays where it is.
@@ -191,7 +188,6 @@ class InfluenceModel:
         """
         lambdas = per_block(regularization, self.problem)
         other = self.with_inverse(self.inverse.with_regularization(lambdas))
-        other._regularization = lambdas
         other.solver = replace(self.solver, regularization=lambdas)  # type: ignore[type-var]
         return other
 
@@ -363,8 +359,7 @@ class InfluenceModel:
 
     def identity(self) -> dict[str, Any]:
         """What the scores depend on besides test and training data: method, options, weights, data of the fit."""
-        _ = self.inverse
-        return self._method() | {"regularization": self._regularization, **self._fitted_on}
+        return self._method() | {"regularization": self.regularization, **self._fitted_on}
 
     def identity_on(self, data: Data) -> dict[str, Any]:
         """What `identity` would be after ``fit(data)``."""

@@ -320,8 +320,9 @@ class EkfacInfluence(InfluenceModel):
     Args:
         model: the trained model.
         update_diagonal: correct the eigenvalues (EK-FAC), at the cost of a second pass over the data.
-        hessian_regularization: lambda >= 0, one for all layers or one for each. The Fisher alone is usually singular;
-            a tenth of its mean eigenvalue is a usual choice.
+        hessian_regularization: lambda >= 0, one for all layers or one for each; None: 0.3 of the mean eigenvalue of all
+            layers, which `regularization` then tells. The Fisher alone is usually singular; from 0.1 to 1 of the mean
+            predicts retraining best (docs/fidelity.md).
         progress: show a bar over the data in `fit`.
         loss: one that a distribution of labels belongs to: cross entropy (classes; also one label for each of many
             positions, some of which may be ignored or masked), squared error (Gaussian) or binary cross entropy with
@@ -343,7 +344,7 @@ class EkfacInfluence(InfluenceModel):
         self,
         model: nn.Module,
         update_diagonal: bool = False,
-        hessian_regularization: float | Mapping[str, float] = 0.0,
+        hessian_regularization: Regularization = 0.0,
         progress: bool = False,
         *,
         loss: Loss = F.cross_entropy,
@@ -449,7 +450,7 @@ class EnsembleInfluence(InfluenceModel):
         problems = [model.problem for model in models]
         weights = [1 / len(models)] * len(models)
         super().__init__(
-            EnsembleProblem(problems), EnsembleSolver.of([model.solver for model in models], problems, weights)
+            EnsembleProblem(problems), EnsembleSolver(tuple(model.solver for model in models), tuple(weights))
         )
 
 
@@ -492,8 +493,8 @@ class TracInInfluence(InfluenceModel):
             Problem(_at_checkpoint(model, checkpoint, f"checkpoint {i}"), loss, block_structure)
             for i, checkpoint in enumerate(checkpoints)
         ]
-        solvers = [IdentitySolver()] * len(problems)
-        super().__init__(EnsembleProblem(problems), EnsembleSolver.of(solvers, problems, learning_rates))
+        solvers = (IdentitySolver(),) * len(problems)
+        super().__init__(EnsembleProblem(problems), EnsembleSolver(solvers, tuple(learning_rates)))
 
 
 def _at_checkpoint(

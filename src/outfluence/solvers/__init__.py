@@ -26,7 +26,12 @@ class Inverse(ABC):
     """A fitted inverse: the two encoders that turn gradients into left and right rows.
 
     What is written here holds where a left row is the influence factor itself.
+
+    Attributes:
+        regularization: lambda, per block.
     """
+
+    regularization: Mapping[str, float]
 
     @abstractmethod
     def left(self, gradients: GradientRows) -> Any:

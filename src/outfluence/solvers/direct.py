@@ -41,7 +41,7 @@ class DirectSolver:
         parts = grouped(tensors)
         pivots = parts.get("pivots", {})
         factors = {name: Factor(factor, pivots.get(name)) for name, factor in parts["factor"].items()}
-        return DirectInverse(parts["matrix"], factors)
+        return DirectInverse(parts["matrix"], factors, per_block(self.regularization, problem))
 
     def options(self) -> dict[str, Any]:
         """The matrix chosen."""
@@ -55,10 +55,12 @@ class DirectInverse(Inverse):
     Attributes:
         matrices: H, per block.
         factors: those of ``H + lambda 1``, per block.
+        regularization: lambda, per block.
     """
 
     matrices: Mapping[str, Tensor]
     factors: Mapping[str, Factor]
+    regularization: Mapping[str, float]
 
     @classmethod
     def of(cls, matrices: Mapping[str, Tensor], regularization: Mapping[str, float]) -> Self:
@@ -67,7 +69,8 @@ class DirectInverse(Inverse):
         Raises:
             SingularMatrixError: if a block has no inverse at working precision.
         """
-        return cls(matrices, {name: _factorise(name, h, regularization[name]) for name, h in matrices.items()})
+        factors = {name: _factorise(name, h, regularization[name]) for name, h in matrices.items()}
+        return cls(matrices, factors, regularization)
 
     def left(self, gradients: GradientRows) -> DenseRows:
         """``(H + lambda 1)^-1 g`` per block."""
@@ -98,6 +101,7 @@ class DirectInverse(Inverse):
         return type(self)(
             {name: tensors[f"matrix/{name}"] for name in self.matrices},
             {name: Factor(tensors[f"factor/{name}"], tensors.get(f"pivots/{name}")) for name in self.matrices},
+            self.regularization,
         )
 
 

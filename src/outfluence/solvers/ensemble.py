@@ -197,22 +197,12 @@ class EnsembleSolver:
     Args:
         members: of each.
         weights: of their scores.
-        regularization: by block of all of them.
+        regularization: by block of all of them; None: what each of them has.
     """
 
     members: tuple[Any, ...]
     weights: tuple[float, ...]
     regularization: Regularization = None
-
-    @classmethod
-    def of(cls, solvers: Sequence[Solver], problems: Sequence[Problem], weights: Sequence[float]) -> Self:
-        """With the regularization that each of them has."""
-        regularization = {
-            block: value
-            for i, (solver, problem) in enumerate(zip(solvers, problems, strict=True))
-            for block, value in _named(i, per_block(solver.regularization, problem)).items()
-        }
-        return cls(tuple(solvers), tuple(weights), regularization)
 
     def fit(self, problem: Problem, data: Data) -> EnsembleInverse:
         """One after the other."""
@@ -228,7 +218,12 @@ class EnsembleSolver:
 
     def options(self) -> dict[str, Any]:
         """What the fit depends on."""
-        members = [{"solver": type(solver).__name__} | solver.options() for solver in self.members]
+        asked = [solver.regularization for solver in self.members]
+        members = [
+            {"solver": type(solver).__name__, "regularization": dict(own) if isinstance(own, Mapping) else own}
+            | solver.options()
+            for solver, own in zip(self.members, asked, strict=True)
+        ]
         return {"members": members, "weights": list(self.weights)}
 
     @property
@@ -238,9 +233,10 @@ class EnsembleSolver:
 
     def _each(self, problem: Problem) -> Iterator[tuple[Solver, Problem]]:
         assert isinstance(problem, EnsembleProblem)
-        lambdas = per_block(self.regularization, problem)
         for i, (solver, member) in enumerate(zip(self.members, problem.members, strict=True)):
-            yield replace(solver, regularization=_of(i, lambdas)), member
+            if self.regularization is not None:
+                solver = replace(solver, regularization=_of(i, per_block(self.regularization, problem)))  # noqa: PLW2901
+            yield solver, member
 
 
 @dataclass(frozen=True)
@@ -279,6 +275,11 @@ class EnsembleInverse(Inverse):
     def info(self) -> dict[str, dict[str, Any]]:
         """What the fits found out."""
         return self._joined([inverse.info for inverse in self.members])
+
+    @property
+    def regularization(self) -> dict[str, float]:  # type: ignore[override]
+        """Those of all."""
+        return self._joined([inverse.regularization for inverse in self.members])
 
     def with_regularization(self, regularization: Mapping[str, float]) -> Self:
         """See `Inverse`."""

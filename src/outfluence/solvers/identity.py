@@ -12,7 +12,7 @@ from outfluence.data import Data
 from outfluence.errors import ProblemError
 from outfluence.problem import Problem
 from outfluence.rows import GradientRows
-from outfluence.solvers import Inverse, Regularization
+from outfluence.solvers import Inverse, Regularization, per_block
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class IdentitySolver:
 
     def fit(self, problem: Problem, data: Data) -> IdentityInverse:  # noqa: ARG002
         """See `Solver`."""
-        return IdentityInverse()
+        return IdentityInverse(per_block(self.regularization, problem))
 
     def restore(self, problem: Problem, data: Data, tensors: Mapping[str, Tensor]) -> IdentityInverse:  # noqa: ARG002
         """See `Solver`."""
-        return IdentityInverse()
+        return IdentityInverse(per_block(self.regularization, problem))
 
     def options(self) -> dict[str, Any]:
         """None."""
@@ -36,7 +36,13 @@ class IdentitySolver:
 
 @dataclass(frozen=True)
 class IdentityInverse(Inverse):
-    """The identity."""
+    """The identity.
+
+    Attributes:
+        regularization: zero, per block.
+    """
+
+    regularization: Mapping[str, float]
 
     def left(self, gradients: GradientRows) -> GradientRows:
         """The gradients themselves."""

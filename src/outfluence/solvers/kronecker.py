@@ -43,6 +43,8 @@ _MAX_SIDE = 20_000
 _TRIED, _NEIGHBOURS, _TRIED_BYTES = 256, 8, 256 << 20
 #: How many times fewer numbers than a matrix the product of two samples' gradients must take to be used for a constant.
 _CHEAPER = 8
+#: The regularization, over the mean eigenvalue, where none is given. Measured on five problems (docs/fidelity.md).
+_DAMPING = 0.3
 #: What of the tolerance is aimed at: test samples are not those that the eigenvalues are from.
 _MARGIN = 0.5
 
@@ -52,7 +54,7 @@ class KroneckerSolver:
     """K-FAC, or EK-FAC with ``update_diagonal``.
 
     Args:
-        regularization: lambda, one for all layers or one for each.
+        regularization: lambda, one for all layers or one for each; None: a part of the mean eigenvalue of all.
         update_diagonal: correct the eigenvalues (EK-FAC); costs a second pass over the data.
         fisher: whose labels the output gradients are taken at.
         seed: of the sampled labels. Sample i gets the same draw whatever the batches.
@@ -85,7 +87,7 @@ class KroneckerSolver:
             raise ProblemError(f"rank must be a whole number, at least 1, and without a tolerance, not {self.rank!r}")
         sampling = self.fisher is not FisherMode.EMPIRICAL
         likelihood = find_likelihood(problem, data.rows(slice(0, 3))) if sampling else None
-        regularization = per_block(self.regularization, problem)
+        regularization = per_block(self.regularization, problem)  # refused before any work
         problem = _with_structure(problem, data)
         _check_covered(problem)
         for name, unit in problem.structure.units.items():
@@ -112,6 +114,8 @@ class KroneckerSolver:
             eigenvalues = {name: sums[name] / len(data) for name in vectors}
         else:
             eigenvalues = {name: g[0].unsqueeze(-1) * a[0].unsqueeze(-2) for name, (g, a) in bases.items()}
+        if self.regularization is None:
+            regularization = dict.fromkeys(regularization, _usual(eigenvalues))
         unrotated, products = _kinds_of_rows(problem, data)
         inverse = KroneckerInverse(
             problem.structure.units, problem.sections, vectors, eigenvalues, regularization, unrotated, products
@@ -125,6 +129,8 @@ class KroneckerSolver:
         """See `Solver`."""
         problem = _with_structure(problem, data)
         regularization = per_block(self.regularization, problem)
+        if self.regularization is None:
+            regularization = dict.fromkeys(regularization, _usual(grouped(tensors)["eigenvalues"]))
         unrotated, products = _kinds_of_rows(problem, data)
         inverse = KroneckerInverse(
             problem.structure.units, problem.sections, {}, {}, regularization, unrotated, products
@@ -133,7 +139,8 @@ class KroneckerSolver:
 
     def options(self) -> dict[str, Any]:
         """What the fit depends on."""
-        plain = {name: getattr(self, name) for name in ("update_diagonal", "seed", "tolerance", "rank")}
+        usual = {"regularization": "usual"} if self.regularization is None else {}
+        plain = usual | {name: getattr(self, name) for name in ("update_diagonal", "seed", "tolerance", "rank")}
         return plain | {"fisher": str(self.fisher), "weight_sharing": str(self.weight_sharing)}
 
 
@@ -297,8 +304,8 @@ class KroneckerInverse(Inverse):
             if not smallest + damping > torch.finfo(values.dtype).eps * (largest + damping):
                 raise SingularMatrixError(
                     f"layer {block!r} has no inverse at hessian_regularization {damping:g}: its smallest eigenvalue is "
-                    f"{smallest:.1e}, its largest {largest:.1e}. Raise it; a tenth of the mean eigenvalue, "
-                    f"{values.mean().item() / 10:.1e}, is a usual choice."
+                    f"{smallest:.1e}, its largest {largest:.1e}. Raise it; None takes {_DAMPING} of the mean "
+                    f"eigenvalue of all layers, {_usual(self.eigenvalues):.1e}."
                 )
 
     @cached_property
@@ -380,6 +387,12 @@ class KroneckerInverse(Inverse):
         q_out, q_in = self.vectors[name]
         matrices = matrices if q_out is None else q_out @ matrices
         return matrices if q_in is None else matrices @ q_in.mT
+
+
+def _usual(eigenvalues: Mapping[str, Tensor]) -> float:
+    """The regularization where none is given, rounded: it must not depend on how the eigenvalues were summed."""
+    total = sum(float(values.double().sum()) for values in eigenvalues.values())
+    return float(f"{_DAMPING * total / sum(values.numel() for values in eigenvalues.values()):.3g}")
 
 
 def _kinds_of_rows(problem: Problem, data: Data) -> tuple[frozenset[str], frozenset[str]]:

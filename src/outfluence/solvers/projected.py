@@ -448,7 +448,7 @@ class ProjectedInverse(Inverse):
             if failed or root.diagonal().amin().square() <= rounding:
                 raise SingularMatrixError(
                     f"the kernel of block {block!r}, {len(kernel)} x {len(kernel)}, has no inverse at regularization "
-                    f"{damping:g}: raise it (a tenth of the mean eigenvalue, {mean / 10:.1e}, is usual), or lower the "
+                    f"{damping:g}: raise it (about the mean eigenvalue, {mean:.1e}, is usual), or lower the "
                     "rank below the number of training samples."
                 )
             roots[block] = root
