@@ -127,7 +127,7 @@ def methods(problem, model):
     )
     small, is_direct_cheap = n_parameters * problem.n_train < 1e7, n_parameters < 6000
     more = [*absolute[1:], *of_all, Damping(100, "all")]
-    if small or not is_direct_cheap:
+    if small or (not is_direct_cheap and outputs <= 10):
         cg = more if small else of_all[3:]
         yield Method("EK-FAC CG, rtol 0.3", lambda m: EkfacCgInfluence(m, loss, 1.0, rtol=0.3), cg)
     if is_direct_cheap:

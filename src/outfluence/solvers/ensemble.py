@@ -88,8 +88,10 @@ class EnsembleProblem(Problem):
     def mixed_derivatives(self, directions: Tensor, x: Tree, y: Tree) -> Tensor:
         """See `Problem`; the sum over members."""
         parts = directions.split([member.n_parameters for member in self.members], dim=1)  # type: ignore[no-untyped-call]
-        derivatives = [member.mixed_derivatives(part, x, y) for member, part in zip(self.members, parts, strict=True)]
-        return torch.stack(derivatives).sum(0)
+        total = self.members[0].mixed_derivatives(parts[0], x, y)
+        for member, part in zip(self.members[1:], parts[1:], strict=True):
+            total += member.mixed_derivatives(part, x, y)
+        return total
 
     @property
     def batch_size(self) -> int:
@@ -150,7 +152,11 @@ class EnsembleRows:
 
     def dot(self, right: EnsembleRows) -> Tensor:
         """See `Rows`."""
-        total: Tensor = sum(left.dot(other).mul_(weight) for left, other, weight in self._with(right))
+        total: Tensor | None = None
+        for left, other, weight in self._with(right):
+            scores = left.dot(other).mul_(weight)
+            total = scores if total is None else total.add_(scores)
+        assert total is not None
         return total
 
     def dot_by_block(self, right: EnsembleRows) -> dict[str, Tensor]:
