@@ -57,7 +57,7 @@ from outfluence.fidelity import linear_datamodeling_score, mislabel_detection, r
 
 MODELS = 5
 #: Methods whose dampings are compared.
-SWEPT = ("EK-FAC", "EK-FAC CG, rtol 0.3", "Gauss-Newton")
+SWEPT = ("EK-FAC", "projected, PCA, 512, exact", "EK-FAC CG, rtol 0.3", "Gauss-Newton")
 
 
 @dataclass(frozen=True)
@@ -111,12 +111,9 @@ def methods(problem, model):
                 lambda m, rank=n_parameters // part: EkfacInfluence(m, True, 1.0, **exact, rank=rank),
                 of_all[1:4],
             )
+        dampings = [*absolute[2:], *of_all[2:], Damping(100, "all")]
         for rank in (512, 2048):
-            yield Method(
-                f"projected, PCA, {rank}, exact",
-                lambda m, k=rank: projected(m, k, "pca", "exact"),
-                of_all[2:] + of_few[2:],
-            )
+            yield Method(f"projected, PCA, {rank}, exact", lambda m, k=rank: projected(m, k, "pca", "exact"), dampings)
         yield Method("projected, two-sided, 2048, exact", lambda m: projected(m, 2048, "two_sided", "exact"), of_few)
     yield Method("projected, PCA, 2048", lambda m: projected(m, 2048, "pca", "sampled"), of_all[2:] + of_few[2:])
     yield Method("projected, sparse, 2048", lambda m: projected(m, 2048, "sjlt", "sampled"), of_few)
