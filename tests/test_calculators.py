@@ -355,6 +355,7 @@ def test_the_store_says_what_made_it(mlp32, tmp_path):
         "fisher": "sampled",
         "seed": 0,
         "tolerance": 0.0,
+        "rank": None,
         "weight_sharing": "expand",
     }
     assert identity["regularization"] == {"0": 1e-2, "2": 1e-2}

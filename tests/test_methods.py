@@ -231,7 +231,7 @@ def fits(case):
     yield "harmonic", lambda data: InverseHarmonicMeanInfluence(case.model, case.loss, LAMBDA).fit(data)
     for update in (False, True):
         yield f"ekfac {update}", lambda data, u=update: EkfacInfluence(case.model, u, LAMBDA, fisher="exact").fit(data)
-    for projection in ("pca", "two_sided", "sjlt"):
+    for projection in ("pca", "sjlt"):
         few = {"rank": 15, "kernel": "exact", "projection": projection}
         yield (
             f"projected {projection}",

@@ -419,14 +419,14 @@ class Attending(nn.Module):
         return self.head(mixed[:, 0].mean(1))
 
 
-@pytest.mark.parametrize("by_name", [False, True])
-@pytest.mark.parametrize("n_positions", [4, 150])
+@pytest.mark.parametrize(("n_positions", "by_name"), [(4, False), (4, True), (130, False)])
 def test_attention_can_be_differentiated_twice(n_positions, by_name):
     """Of torch's kernels for attention there is one derivative only, and of one sample at a time."""
     torch.manual_seed(0)
     by_torch, written_out = Attending(True, by_name).double(), Attending(False).double()
     written_out.load_state_dict(by_torch.state_dict())
-    x, y = torch.randn(9, n_positions, 3).double(), torch.randint(0, 3, (9,))
+    n = 9 if n_positions == 4 else 3
+    x, y = torch.randn(n, n_positions, 3).double(), torch.randint(0, 3, (n,))
     for make in (
         lambda model: DirectInfluence(model, F.cross_entropy, 0.5),
         lambda model: DirectInfluence(model, F.cross_entropy, 0.1, second_order_mode="gauss_newton"),
