@@ -39,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
 from scipy.stats import rankdata
 
 from fidelity_peers import peers_of, scores_of_peer
@@ -298,6 +299,7 @@ def picture(predicted):
                 axes.plot(line["cpu"], one, markerfacecolor="white", **style)
                 axes.plot(line["cpu"], mean, **style)
         axes.set(title=problem, xscale="log", xlabel="CPU seconds for one model", ylim=(0, 1))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
     for axes in [*panels[len(problems) :], last]:
         axes.axis("off")
@@ -305,7 +307,7 @@ def picture(predicted):
         Line2D([], [], color=f"C{i % 10}", marker="os^D"[i // 10], linestyle="", label=name)
         for i, name in enumerate(names)
     ]
-    last.legend(handles=shown, loc="center", frameon=False, title="hollow: one model\nfull: mean of five")
+    last.legend(handles=shown, loc="center", frameon=False, fontsize=8, title="hollow: one model\nfull: mean of five")
     figure.supylabel("linear datamodeling score")
     return figure
 
