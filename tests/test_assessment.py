@@ -33,6 +33,7 @@ from outfluence import (
     ProjectedInfluence,
     SequentialInfluenceCalculator,
     Store,
+    TracInInfluence,
     assess,
     open_history,
     open_influences,
@@ -308,10 +309,14 @@ def test_too_few_samples_are_refused(digits):
 def test_ensembles_are_assessed_model_by_model(digits):
     models = [EkfacInfluence(copy.deepcopy(digits.good), True, 1e-3) for _ in range(2)]
     ensemble = EnsembleInfluence(models)
-    with pytest.raises(ProblemError, match="an ensemble is assessed model by model"):
+    with pytest.raises(ProblemError, match="several models are assessed one by one"):
         assess(ensemble, digits.test, digits.train)
+    tracin = TracInInfluence(digits.good, F.cross_entropy, [digits.good.state_dict()])
+    for one in (EnsembleInfluence(models[:1]), tracin):
+        with pytest.raises(ProblemError, match="several models are assessed one by one"):
+            assess(one, digits.test, digits.train)
     train = tuple(part[:90] for part in digits.train)
-    with pytest.raises(ProblemError, match="an ensemble is assessed model by model"):
+    with pytest.raises(ProblemError, match="several models are assessed one by one"):
         SequentialInfluenceCalculator(ensemble.fit(train)).influences(train, train, assess=True)
 
 

@@ -19,6 +19,7 @@ from outfluence import (
     EkfacInfluence,
     EnsembleInfluence,
     NystroemSketchInfluence,
+    ProjectedInfluence,
     SequentialInfluenceCalculator,
     TracInInfluence,
 )
@@ -150,8 +151,12 @@ def test_a_member_that_went_on_training_is_refused():
 @pytest.mark.parametrize(
     ("members", "message"),
     [
+        (lambda c: [c.model], "an ensemble is of influence models .* not of Sequential"),
         (lambda c: [], "an ensemble needs influence models, there are none"),
-        (lambda c: [EkfacInfluence(c.model), EkfacInfluence(c.model)], "model 1 shares parameters with another"),
+        (
+            lambda c: [EkfacInfluence(c.model), EkfacInfluence(c.model)],
+            "model 1 shares trainable parameters",
+        ),
         (
             lambda c: [EkfacInfluence(c.model), EkfacInfluence(copy.deepcopy(c.model).float())],
             "must be of one floating type, on one device",
@@ -161,6 +166,43 @@ def test_a_member_that_went_on_training_is_refused():
 def test_bad_ensembles_are_refused(members, message):
     with pytest.raises(ProblemError, match=message):
         EnsembleInfluence(members(make_case("mlp")))
+
+
+def test_stores_know_the_regularization_and_nothing_of_how_it_came(tmp_path):
+    case = make_case("mlp")
+
+    def fitted(value):
+        return EnsembleInfluence([DirectInfluence(m, case.loss, value, **GAUSS_NEWTON) for m in models_of(case)]).fit(
+            case.train
+        )
+
+    first = fitted(np.float32(0.5))
+    SequentialInfluenceCalculator(first).influences(case.test, case.train).to_zarr(tmp_path / "a.zarr")
+    again = SequentialInfluenceCalculator(fitted(0.1).with_regularization(0.5))
+    again.influences(case.test, case.train).to_zarr(tmp_path / "a.zarr")  # the same job: it is finished
+    with pytest.raises(StoreMismatchError, match="regularization"):
+        SequentialInfluenceCalculator(fitted(0.1)).influences(case.test, case.train).to_zarr(tmp_path / "a.zarr")
+    unfitted = EnsembleInfluence([DirectInfluence(m, case.loss, 0.1, **GAUSS_NEWTON) for m in models_of(case)])
+    SequentialInfluenceCalculator(unfitted).fit(case.train, tmp_path / "fit.zarr")
+    other = EnsembleInfluence([DirectInfluence(m, case.loss, 0.2, **GAUSS_NEWTON) for m in models_of(case)])
+    with pytest.raises(StoreMismatchError, match="regularization"):
+        SequentialInfluenceCalculator(other).fit(case.train, tmp_path / "fit.zarr")
+
+
+def test_ensembles_of_ensembles_and_a_shared_frozen_layer(tmp_path):
+    torch.manual_seed(0)
+    backbone = nn.Linear(4, 6).double().requires_grad_(False)
+    models = [nn.Sequential(backbone, nn.Tanh(), nn.Linear(6, 3).double()) for _ in range(3)]
+    case = make_case("mlp")
+    members = [ProjectedInfluence(m, case.loss, 0.1, rank) for m, rank in zip(models, (6, 9, 12), strict=True)]
+    expected = sum(
+        weight * m.fit(case.train).influences(*case.test, *case.train)
+        for m, weight in zip(members, (0.25, 0.25, 0.5), strict=True)
+    )
+    nested = EnsembleInfluence([EnsembleInfluence(members[:2]), EnsembleInfluence(members[2:])]).fit(case.train)
+    close(nested.influences(*case.test, *case.train), expected)
+    stored = SequentialInfluenceCalculator(nested).influences(case.test, case.train).to_zarr(tmp_path / "a.zarr")
+    close(stored.scores, expected)
 
 
 # TracIn
@@ -187,6 +229,14 @@ def test_tracin_is_the_sum_over_checkpoints(tmp_path):
     )
     close(tracin.self_influences(*case.train), selves)
     assert all(torch.equal(value, before[name]) for name, value in case.model.state_dict().items())
+    # Factors are dense, also where gradients are kept as factors.
+    wide = make_case("mlp")
+    wide_tracin = TracInInfluence(wide.model, wide.loss, [wide.model.state_dict()], np.float32(0.5)).fit(wide.train)
+    gradients = reference.gradients(wide.model, wide.loss, *wide.test)
+    close(wide_tracin.influence_factors(*wide.test), 0.5 * gradients)
+    matrix = np.eye(gradients.shape[1])
+    by_feature = reference.perturbations(wide.model, wide.loss, matrix, 0.0, 0.5 * gradients, *wide.train)
+    close(wide_tracin.influences(*wide.test, *wide.train, mode="perturbation"), by_feature)
     once = TracInInfluence(case.model, case.loss, [models[0].state_dict()]).fit(case.train)
     dot = (
         reference.gradients(models[0], case.loss, *case.test) @ reference.gradients(models[0], case.loss, *case.train).T
@@ -220,6 +270,8 @@ def test_tracin_of_training_predicts_what_a_step_on_a_sample_does():
     [
         ([], 1.0, "there are 0 checkpoints and 0 learning rates"),
         ([{}], [1.0, 2.0], "there are 1 checkpoints and 2 learning rates"),
+        ([{}], float("nan"), "a finite learning rate for each"),
+        ("one.pt", 1.0, "put a single one into a list"),
         ([nn.Linear(2, 2).state_dict()], 1.0, r"(?s)checkpoint 0 is no state dict of this Sequential: .*Missing key"),
         (["no/such/file.pt"], 1.0, r"checkpoint 0 \(no/such/file.pt\) cannot be read: FileNotFoundError"),
     ],

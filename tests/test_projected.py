@@ -212,6 +212,17 @@ def test_bad_options_are_refused(options, error, message, dtype):
         ProjectedInfluence(case.model.to(dtype), case.loss, **options).fit((x.to(dtype), y))
 
 
+def test_a_label_that_is_ignored_has_no_margin():
+    case = make_case("mlp")
+    x, y = case.train
+    y = torch.where(torch.arange(24) < 4, -100, y)
+    model = ProjectedInfluence(case.model, case.loss, LAMBDA, 20, kernel="margin").fit((x, y))
+    rest = ProjectedInfluence(case.model, case.loss, LAMBDA, 20, "rademacher", "margin").fit((x[4:], y[4:]))
+    whole = ProjectedInfluence(case.model, case.loss, LAMBDA, 20, "rademacher", "margin").fit((x, y))
+    close(whole.inverse.kernels["all"] * 24, rest.inverse.kernels["all"] * 20)
+    assert model.influences(*case.test, x, y)[:, :4].abs().max() == 0
+
+
 @pytest.mark.parametrize("name", ["mlp_regression", "bernoulli"])
 def test_margins_are_of_classes(name):
     case = make_case(name)

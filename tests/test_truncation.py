@@ -248,8 +248,8 @@ def test_a_rank_keeps_so_many_entries_and_says_what_it_loses(digits, rank, tmp_p
     n_kept = sum(map(len, kept.values()))
     if rank == 10**6:  # all that add anything
         assert influence.lost_share < 1e-12
-    else:  # some are worth it only together with others
-        assert 0.95 * rank <= n_kept <= rank
+    else:
+        assert n_kept == rank
     by_unit = dict.fromkeys(values, 1e-3)
     lost = expected_error(values, by_unit, kept, influence.inverse.constants) ** 2
     assert influence.lost_share == pytest.approx(lost, abs=1e-12)
@@ -273,10 +273,34 @@ def test_a_rank_keeps_so_many_entries_and_says_what_it_loses(digits, rank, tmp_p
     assert stored.attrs["outfluence"]["lost_share"] == pytest.approx(lost, rel=1e-3, abs=1e-12)
 
 
-@pytest.mark.parametrize("options", [{"rank": 0}, {"rank": 2.5}, {"rank": 3, "tolerance": 0.1}])
+@given(st.lists(st.tuples(spectra, st.floats(-6, 1), st.booleans()), min_size=1, max_size=4), st.integers(1, 250))
+@settings(max_examples=100, deadline=None)
+def test_a_rank_is_used_whole(units, rank):
+    eigenvalues = {str(i): values for i, (values, _, _) in enumerate(units)}
+    regularization = {str(i): 10.0**power for i, (_, power, _) in enumerate(units)}
+    kept, constants = truncation(eigenvalues, regularization, {str(i) for i, (_, _, c) in enumerate(units) if c}, rank)
+    n_kept, n_all = sum(map(len, kept.values())), sum(map(len, eigenvalues.values()))
+    assert n_kept <= rank
+    # Where fewer are kept, the others add nothing that numbers can tell.
+    assert n_kept == min(rank, n_all) or expected_error(eigenvalues, regularization, kept, constants) < 1e-7
+
+
+def test_a_low_rank_is_used_where_only_many_entries_together_beat_a_constant():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(200, 300), nn.ReLU(), nn.Linear(300, 4))
+    train = torch.randn(100, 200), torch.randint(0, 4, (100,))
+    lost = []
+    for rank in (1, 10, 200, 500):
+        influence = EkfacInfluence(model, True, None, rank=np.int64(rank)).fit(train)
+        assert sum(map(len, influence.inverse.kept.values())) == rank
+        lost.append(influence.lost_share)
+    assert lost == sorted(lost, reverse=True)
+
+
+@pytest.mark.parametrize("options", [{"rank": 0}, {"rank": 2.5}, {"rank": True}, {"rank": 3, "tolerance": 0.1}])
 def test_a_rank_that_is_none_is_refused(digits, options):
     model, train, _ = digits
-    with pytest.raises(ProblemError, match="rank must be a whole number, at least 1, and without a tolerance"):
+    with pytest.raises(ProblemError, match=r"rank must be a whole number, at least 1|a tolerance or a rank, not both"):
         EkfacInfluence(model, True, 1e-3, **options).fit(train)
 
 

@@ -25,6 +25,7 @@ from outfluence.machine import float32_products
 from outfluence.modes import FisherMode, KernelMode, SecondOrderMode
 from outfluence.problem import Problem
 from outfluence.rows import DenseRows
+from outfluence.solvers.ensemble import EnsembleProblem
 from outfluence.solvers.harmonic import HarmonicSolver
 from outfluence.solvers.iterative import LissaSolver, damped
 from outfluence.solvers.kronecker import KroneckerSolver
@@ -141,6 +142,8 @@ class Assessment:
                 f"the exact scores were not found (residual {self.residual:.1e}): the regularization may be too low "
                 "for the precision of the model. Do not trust what follows from them"
             )
+        if self.matrix != self.wanted_matrix:
+            return found  # what follows is about the matrix of the method
         if self.gradients.value > _SWAMPED and self.damping > 0.5:
             found.append(
                 f"the regularization of {self.regularization:.1e} swamps the curvature: even exact scores are little "
@@ -217,11 +220,11 @@ def assess(
 
     Raises:
         DataError: if there are no, or too few, samples.
-        ProblemError: of an ensemble; assess its members.
+        ProblemError: of an ensemble, or of checkpoints.
         OutfluenceError: whatever `InfluenceModel.fit` raises.
     """
-    if len(model.problem.members) > 1:
-        raise ProblemError("an ensemble is assessed model by model: call assess with each of its influence models")
+    if isinstance(model.problem, EnsembleProblem):
+        raise ProblemError("several models are assessed one by one, each by its influence model")
     if n_test < 1 or n_train < 3:
         raise DataError(f"n_test must be 1 or more, and n_train 3 or more, not {n_test} and {n_train}")
     generator, data = np.random.default_rng(seed), Data.of(train)

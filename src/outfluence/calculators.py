@@ -77,6 +77,7 @@ from outfluence.progress import ProgressCallback, Tracker, as_callback
 from outfluence.record import resident_bytes
 from outfluence.rows import GradientRows
 from outfluence.runs import Do, here, resumable, workplace
+from outfluence.solvers.ensemble import EnsembleProblem
 from outfluence.store import ASSESS, Store
 from outfluence.tasks import (
     assess_task,
@@ -217,8 +218,8 @@ class InfluenceCalculator(ABC):
         job = with_training(job, train, from_store)
         if assess and job.train is None:
             raise DataError("assess needs the training data: it cannot be had from_store")
-        if assess and len(self.model.problem.members) > 1:
-            raise ProblemError("an ensemble is assessed model by model: call assess with each of its influence models")
+        if assess and isinstance(self.model.problem, EnsembleProblem):
+            raise ProblemError("several models are assessed one by one, each by its influence model: see assess")
         wanted = wanted_of(job, matrix, top_k, bottom_k, groups, self_influences, keep_gradients)
         return self._lazy(replace(job, wanted=wanted, assess=assess), memory_limit, test_chunk, train_chunk)
 

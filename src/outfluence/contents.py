@@ -79,8 +79,9 @@ def array_specs(job: Job, plan: Plan) -> list[ArraySpec]:
                 axis = f"{samples[2]}_{of_identity}{axis}"
             if of_identity:
                 about = f"for the part that a multiple of the identity adds: {about}"
-            if of and of[0].isdigit():  # one of an ensemble
-                axis, about = f"model_{of[0]}_{axis}", f"of model {of[0]}: {about}"
+            number = [part for part in of if part.isdigit()]  # of a model of an ensemble, which may be one itself
+            if number:
+                axis, about = f"model_{'_'.join(number)}_{axis}", f"of model {'.'.join(number)}: {about}"
             chunk = max(1, min(columns, _COLUMNS))
             add(f"{path}/{name}", about, samples, (columns, chunk, axis), dtype=numpy_name(array.dtype))
 

@@ -151,7 +151,7 @@ class Summed(Data):
         sum_bytes = sum(tensor.nbytes for tensor in sums.values())
         sample_bytes = sum(leaf.nbytes for leaf in tree_leaves(sample.x) + tree_leaves(sample.y))
         activations, gradients, factors = getattr(statistic, "copies", (4, 3, 3))
-        per_sample = activations * problem.activation_bytes(sample) + 4 * sample_bytes
+        per_sample = activations * problem.activation_bytes(sample, twice=not factors) + 4 * sample_bytes
         per_sample += gradients * problem.n_parameters * torch.finfo(problem.dtype).bits // 8
         per_sample += factors * problem.factor_bytes(sample)
         fixed = RUNTIME_BYTES + (WORKSPACE if factors else 0) + _SUM_COPIES * sum_bytes + _INPUT_COPIES * input_bytes

@@ -12,7 +12,7 @@ score: weighting the training sample up lowers the loss of the test sample (Koh 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import wraps
 from typing import Any, Self, TypeVar, cast
@@ -26,10 +26,7 @@ from outfluence.machine import float32_products, keep_memory
 from outfluence.modes import InfluenceMode
 from outfluence.problem import Problem
 from outfluence.rows import DenseRows, GradientRows, Rows, check_finite
-from outfluence.solvers import Inverse, Solver, per_block
-
-Blocks = Mapping[str, Iterable[str]]
-
+from outfluence.solvers import Inverse, Solver, asked, per_block
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -363,7 +360,7 @@ class InfluenceModel:
 
     def identity_on(self, data: Data) -> dict[str, Any]:
         """What `identity` would be after ``fit(data)``."""
-        regularization = per_block(self.solver.regularization, self.problem)
+        regularization = asked(self.solver, self.problem)
         fitted_on = {"fit_data": data.fingerprint, **self.problem.fingerprint()}
         return self._method() | {"regularization": regularization, **fitted_on}
 

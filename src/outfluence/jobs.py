@@ -201,8 +201,11 @@ class Job:
             problem.mixed_derivatives(zeros, *sample)
         hints = [problem.batch_size, *(data.batch_size for data in self.inputs.values() if data.batch_size)]
         through_model = self.train if self.train is not None else self.test
-        activations = 0 if through_model is None else problem.activation_bytes(through_model.rows(slice(0, 1)))
         source = self.model.inverse.data
+        activations = 0
+        if through_model is not None:
+            twice = perturbation or source is not None
+            activations = problem.activation_bytes(through_model.rows(slice(0, 1)), twice)
         kept = (
             len(source) * activations * ACTIVATION_COPIES
             if source and getattr(self.model.solver, "precompute_grad", False)

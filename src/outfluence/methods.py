@@ -398,8 +398,9 @@ class ProjectedInfluence(InfluenceModel):
     TRAK (Park et al. 2023) and LoGra (Choe et al. 2024) are of this kind. A sample is encoded to ``rank`` numbers per
     block at most: the smallest rows to keep (``keep_gradients``) and to score again. With the kernel of the exact
     Fisher, which is the Gauss-Newton matrix, scores come near to the exact ones. With ``kernel="margin"`` they are
-    those of TRAK times ``(1 - p)`` of the test sample, over the number of training samples; TRAK proper is the mean
-    over several trained models (`EnsembleInfluence`).
+    those of TRAK for one model, times ``1 - p`` of the test sample and the number of training samples. (Of several
+    models TRAK averages ``1 - p`` of the training samples and the rest each for itself; `EnsembleInfluence` averages
+    scores.)
 
     Args:
         model: the trained model.
@@ -445,8 +446,14 @@ class EnsembleInfluence(InfluenceModel):
     """
 
     def __init__(self, models: Sequence[InfluenceModel]) -> None:
+        models = list(models)
         if not models:
             raise ProblemError("an ensemble needs influence models, there are none")
+        for model in models:
+            if not isinstance(model, InfluenceModel):
+                raise ProblemError(
+                    f"an ensemble is of influence models (EkfacInfluence, say), not of {type(model).__name__}"
+                )
         problems = [model.problem for model in models]
         weights = [1 / len(models)] * len(models)
         super().__init__(
@@ -482,19 +489,21 @@ class TracInInfluence(InfluenceModel):
         learning_rates: float | Sequence[float] = 1.0,
         block_structure: BlockMode | str | Blocks = BlockMode.FULL,
     ) -> None:
-        if isinstance(learning_rates, (int, float)):
-            learning_rates = [learning_rates] * len(checkpoints)
-        if not checkpoints or len(learning_rates) != len(checkpoints):
+        if isinstance(checkpoints, (str, os.PathLike, Mapping)):
+            raise ProblemError("checkpoints must be several state dicts or paths: put a single one into a list")
+        checkpoints, rates = list(checkpoints), torch.as_tensor(learning_rates, dtype=torch.float64)
+        rates = rates.expand(len(checkpoints)) if rates.ndim == 0 else rates
+        if not checkpoints or rates.shape != (len(checkpoints),) or not rates.isfinite().all():
             raise ProblemError(
-                f"there are {len(checkpoints)} checkpoints and {len(learning_rates)} learning rates: give one or more, "
-                "and a learning rate for each"
+                f"there are {len(checkpoints)} checkpoints and {rates.numel()} learning rates: give one or more, and a "
+                "finite learning rate for each"
             )
         problems = [
             Problem(_at_checkpoint(model, checkpoint, f"checkpoint {i}"), loss, block_structure)
             for i, checkpoint in enumerate(checkpoints)
         ]
         solvers = (IdentitySolver(),) * len(problems)
-        super().__init__(EnsembleProblem(problems), EnsembleSolver(solvers, tuple(learning_rates)))
+        super().__init__(EnsembleProblem(problems), EnsembleSolver(solvers, tuple(rates.tolist())))
 
 
 def _at_checkpoint(

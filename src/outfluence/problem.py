@@ -468,10 +468,14 @@ class Problem:
                         "of a batch. Influence is of single samples"
                     )
 
-    def activation_bytes(self, sample: Batch) -> int:
+    def activation_bytes(self, sample: Batch, twice: bool = True) -> int:
         """Bytes that one sample keeps for its backward pass, measured on one forward pass.
 
         And what goes into and out of the largest frozen module, of which nothing is kept.
+
+        Args:
+            sample: one.
+            twice: differentiated twice, or for dense gradients; else for factors, if all gradients are such.
         """
         own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
         kept: dict[int, int] = {}
@@ -494,9 +498,14 @@ class Problem:
                 stack.callback(module.register_forward_hook(pass_by).remove)
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t))
-            variables = {name: p.requires_grad_() for name, p in self.parameters.items()}
             # Held until the count is done, so that no address is used twice.
-            loss = self.output_loss(self.output(variables, self.on_device(sample.x)), self.on_device(sample.y))
+            if twice or not self.structure.units or self.structure.dense:
+                variables = {name: p.requires_grad_() for name, p in self.parameters.items()}
+                output = self.output(variables, self.on_device(sample.x))
+                loss = self.output_loss(output, self.on_device(sample.y))
+            else:
+                recording = self.record(sample.x)
+                loss = self.sum_of_losses(recording.output, self.on_device(sample.y))
         del loss
         return sum(kept.values()) + max(passing) // 2  # there are fewer copies than of what is kept
 

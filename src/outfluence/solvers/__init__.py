@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
+import numpy as np
 from torch import Tensor
 
 from outfluence.data import Data
@@ -163,6 +164,31 @@ def grouped(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         group, _, name = key.partition("/")
         groups.setdefault(group, {})[name] = tensor
     return groups
+
+
+def check_rank(rank: Any) -> None:
+    """Refuse what is no whole number of one or more.
+
+    Raises:
+        ProblemError: saying so.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)) or rank < 1:
+        raise ProblemError(f"rank must be a whole number, at least 1, not {rank!r}")
+
+
+def asked(solver: Any, problem: Any) -> dict[str, float | None]:
+    """The regularization of every block as it was asked for; None where it was not.
+
+    Raises:
+        ProblemError: see `per_block`.
+    """
+    if solver.regularization is None:
+        solvers = getattr(solver, "members", None)  # of an ensemble
+        if solvers is None:
+            return dict.fromkeys(problem.blocks)
+        each = enumerate(zip(solvers, problem.members, strict=True))
+        return {f"{i}.{block}": value for i, one in each for block, value in asked(*one).items()}
+    return dict(per_block(solver.regularization, problem))
 
 
 def per_block(regularization: Regularization, problem: Problem) -> dict[str, float]:

@@ -29,7 +29,7 @@ class EnsembleProblem(Problem):
         members: of each model.
 
     Raises:
-        ProblemError: if they share parameters, or differ in their type or device.
+        ProblemError: if they share trainable parameters, or differ in their type or device.
     """
 
     _members: tuple[Problem, ...]
@@ -37,10 +37,11 @@ class EnsembleProblem(Problem):
     def __init__(self, members: Sequence[Problem]) -> None:
         seen: set[int] = set()
         for i, member in enumerate(members):
-            own = {id(p) for p in member.model.parameters()}
+            own = {id(p) for p in member.model.parameters() if p.requires_grad}
             if own & seen:
                 raise ProblemError(
-                    f"model {i} shares parameters with another model of the ensemble: give each its own (copy.deepcopy)"
+                    f"model {i} shares trainable parameters with another model of the ensemble: give each its own "
+                    "(copy.deepcopy)"
                 )
             seen |= own
         if len({(member.dtype, member.device) for member in members}) != 1:
@@ -102,9 +103,9 @@ class EnsembleProblem(Problem):
         """See `Problem`."""
         return sum(member.factor_bytes(sample) for member in self.members)
 
-    def activation_bytes(self, sample: Batch) -> int:
+    def activation_bytes(self, sample: Batch, twice: bool = True) -> int:
         """See `Problem`; they run one after the other."""
-        return max(member.activation_bytes(sample) for member in self.members)
+        return max(member.activation_bytes(sample, twice) for member in self.members)
 
     def describe(self, batch: Batch) -> str:
         """See `Problem`."""
@@ -224,12 +225,7 @@ class EnsembleSolver:
 
     def options(self) -> dict[str, Any]:
         """What the fit depends on."""
-        asked = [solver.regularization for solver in self.members]
-        members = [
-            {"solver": type(solver).__name__, "regularization": dict(own) if isinstance(own, Mapping) else own}
-            | solver.options()
-            for solver, own in zip(self.members, asked, strict=True)
-        ]
+        members = [{"solver": type(solver).__name__} | solver.options() for solver in self.members]
         return {"members": members, "weights": list(self.weights)}
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor
 from outfluence.data import Data
 from outfluence.errors import ProblemError
 from outfluence.problem import Problem
-from outfluence.rows import GradientRows
+from outfluence.rows import DenseRows, GradientRows
 from outfluence.solvers import Inverse, Regularization, per_block
 
 
@@ -47,6 +47,10 @@ class IdentityInverse(Inverse):
     def left(self, gradients: GradientRows) -> GradientRows:
         """The gradients themselves."""
         return gradients
+
+    def dense(self, left: GradientRows) -> DenseRows:
+        """The gradients as vectors."""
+        return left.dense()
 
     def with_regularization(self, regularization: Mapping[str, float]) -> Self:
         """There is nothing to regularize.

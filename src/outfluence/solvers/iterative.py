@@ -29,7 +29,7 @@ _ROUNDING = 100
 
 @dataclass(frozen=True)
 class CgSolver:
-    """Conjugate gradient; see `linalg.conjugate_gradient` and `influence.CgInfluence`.
+    """Conjugate gradient; see `linalg.conjugate_gradient` and `methods.CgInfluence`.
 
     Args:
         regularization: lambda, one for all blocks or one for each.
@@ -155,7 +155,7 @@ class CgInverse(ReadingInverse):
 
 @dataclass(frozen=True)
 class LissaSolver:
-    """The recursion of LiSSA, with reduced variance; see `influence.LissaInfluence`.
+    """The recursion of LiSSA, with reduced variance; see `methods.LissaInfluence`.
 
     Args:
         regularization: lambda, one for all blocks or one for each.

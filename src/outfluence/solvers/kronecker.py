@@ -32,7 +32,7 @@ from outfluence.likelihood import find_likelihood
 from outfluence.modes import FisherMode, WeightSharing
 from outfluence.problem import Problem
 from outfluence.rows import CoordinateRows, DenseRows, FactoredRows, GradientRows, Rows, check_finite, formed, joined
-from outfluence.solvers import Inverse, Regularization, grouped, per_block
+from outfluence.solvers import Inverse, Regularization, check_rank, grouped, per_block
 from outfluence.solvers.moments import MomentSum, covariances, eigh, is_diagonal
 from outfluence.solvers.truncation import lost_share, truncation
 
@@ -83,8 +83,10 @@ class KroneckerSolver:
         """
         if not 0 <= self.tolerance < 1:
             raise ProblemError(f"tolerance is a part of the scores' size, from 0 to below 1, not {self.tolerance!r}")
-        if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1 or self.tolerance):
-            raise ProblemError(f"rank must be a whole number, at least 1, and without a tolerance, not {self.rank!r}")
+        if self.rank is not None:
+            check_rank(self.rank)
+            if self.tolerance:
+                raise ProblemError("give a tolerance or a rank, not both")
         sampling = self.fisher is not FisherMode.EMPIRICAL
         likelihood = find_likelihood(problem, data.rows(slice(0, 3))) if sampling else None
         regularization = per_block(self.regularization, problem)  # refused before any work
@@ -139,9 +141,9 @@ class KroneckerSolver:
 
     def options(self) -> dict[str, Any]:
         """What the fit depends on."""
-        usual = {"regularization": "usual"} if self.regularization is None else {}
-        plain = usual | {name: getattr(self, name) for name in ("update_diagonal", "seed", "tolerance", "rank")}
-        return plain | {"fisher": str(self.fisher), "weight_sharing": str(self.weight_sharing)}
+        plain = {name: getattr(self, name) for name in ("update_diagonal", "seed", "tolerance")}
+        rank = None if self.rank is None else int(self.rank)
+        return plain | {"rank": rank, "fisher": str(self.fisher), "weight_sharing": str(self.weight_sharing)}
 
 
 @dataclass(frozen=True)

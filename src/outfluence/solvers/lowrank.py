@@ -20,17 +20,17 @@ from torch import Tensor
 
 from outfluence.curvature import Curvature
 from outfluence.data import Data
-from outfluence.errors import ProblemError, SingularMatrixError
+from outfluence.errors import SingularMatrixError
 from outfluence.linalg import eigenpairs, nystroem
 from outfluence.modes import SecondOrderMode
 from outfluence.problem import Problem
 from outfluence.rows import CoordinateRows, DenseRows, GradientRows
-from outfluence.solvers import Inverse, Regularization, grouped, per_block
+from outfluence.solvers import Inverse, Regularization, check_rank, grouped, per_block
 
 
 @dataclass(frozen=True)
 class ArnoldiSolver:
-    """Leading eigenpairs of each block; see `linalg.eigenpairs` and `influence.ArnoldiInfluence`.
+    """Leading eigenpairs of each block; see `linalg.eigenpairs` and `methods.ArnoldiInfluence`.
 
     Args:
         regularization: lambda, one for all blocks or one for each.
@@ -54,7 +54,7 @@ class ArnoldiSolver:
 
     def fit(self, problem: Problem, data: Data) -> LowRankInverse:
         """One pass over the data for each step of the iteration, which takes up to ``rank`` vectors at once."""
-        _check_rank(self.rank)
+        check_rank(self.rank)
         regularization = per_block(self.regularization, problem)
         pairs = {}
         for block in problem.blocks:
@@ -79,7 +79,7 @@ class ArnoldiSolver:
         """What the fit depends on."""
         return {
             "second_order_mode": str(self.second_order_mode),
-            "rank": self.rank,
+            "rank": int(self.rank),
             "krylov_dimension": self.krylov_dimension,
             "tol": self.tol,
             "max_iter": self.max_iter,
@@ -89,7 +89,7 @@ class ArnoldiSolver:
 
 @dataclass(frozen=True)
 class NystroemSolver:
-    """A random sketch of each block; see `linalg.nystroem` and `influence.NystroemSketchInfluence`.
+    """A random sketch of each block; see `linalg.nystroem` and `methods.NystroemSketchInfluence`.
 
     Args:
         regularization: lambda > 0, one for all blocks or one for each.
@@ -105,7 +105,7 @@ class NystroemSolver:
 
     def fit(self, problem: Problem, data: Data) -> LowRankInverse:
         """One pass over the data per block."""
-        _check_rank(self.rank)
+        check_rank(self.rank)
         regularization = per_block(self.regularization, problem)
         pairs = {}
         for block in problem.blocks:
@@ -120,7 +120,7 @@ class NystroemSolver:
 
     def options(self) -> dict[str, Any]:
         """What the fit depends on."""
-        return {"second_order_mode": str(self.second_order_mode), "rank": self.rank, "seed": self.seed}
+        return {"second_order_mode": str(self.second_order_mode), "rank": int(self.rank), "seed": self.seed}
 
 
 @dataclass(frozen=True)
@@ -266,8 +266,3 @@ def _restored(
     parts = grouped(tensors)
     pairs = {block: (parts["values"][block], parts["vectors"][block]) for block in problem.blocks}
     return LowRankInverse.of(pairs, regularization, everywhere, problem.sections)
-
-
-def _check_rank(rank: int) -> None:
-    if not isinstance(rank, int) or rank < 1:
-        raise ProblemError(f"rank must be a whole number, at least 1, not {rank!r}")

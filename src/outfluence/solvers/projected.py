@@ -33,7 +33,7 @@ from outfluence.likelihood import Likelihood, find_likelihood, the_tensor
 from outfluence.modes import FisherMode, KernelMode, Projection, WeightSharing
 from outfluence.problem import Problem
 from outfluence.rows import CoordinateRows, DenseRows, GradientRows, check_finite
-from outfluence.solvers import Inverse, Regularization, grouped, per_block
+from outfluence.solvers import Inverse, Regularization, check_rank, grouped, per_block
 from outfluence.solvers.moments import MomentSum, covariances, eigh
 
 #: Most entries of a gradient whose part of a random matrix is drawn at a time.
@@ -61,7 +61,7 @@ class Projector(Protocol):
 
 @dataclass(frozen=True)
 class ProjectedSolver:
-    """A projection, and the kernel of the projected gradients; see `influence.ProjectedInfluence`.
+    """A projection, and the kernel of the projected gradients; see `methods.ProjectedInfluence`.
 
     Args:
         regularization: lambda, one for all blocks or one for each.
@@ -79,8 +79,7 @@ class ProjectedSolver:
 
     def fit(self, problem: Problem, data: Data) -> ProjectedInverse:
         """One pass over the data for the kernel, and before it one for covariances if the projection is PCA."""
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise ProblemError(f"rank must be a whole number, at least 1, not {self.rank!r}")
+        check_rank(self.rank)
         regularization = per_block(self.regularization, problem)
         likelihood = _likelihood(problem, data, self.kernel)
         projector: Projector = self._empty(problem)
@@ -102,7 +101,7 @@ class ProjectedSolver:
 
     def options(self) -> dict[str, Any]:
         """What the fit depends on."""
-        plain = {"rank": self.rank, "seed": self.seed}
+        plain = {"rank": int(self.rank), "seed": self.seed}
         return plain | {"projection": str(self.projection), "kernel": str(self.kernel)}
 
     def _empty(self, problem: Problem) -> TwoSided | Sketch:
@@ -224,7 +223,7 @@ class Sketch:
             part, total = _part(gradients, name, matrix), sums[matrix.block]
             for i, (outputs, columns) in enumerate(_pieces(matrix, self._piece)):
                 if isinstance(part, Factor):
-                    entries = part.formed(matrix.d_in, outputs)[..., columns]
+                    entries = _at(part, columns).formed(columns.stop - columns.start, outputs)
                 else:
                     entries = part[:, :, outputs, columns]
                 self._add(total, entries.flatten(1), number, i)
@@ -301,7 +300,7 @@ class KernelSum:
     Attributes:
         problem: model and loss.
         projector: of gradients.
-        likelihood: of the labels that are drawn, or that the margin is of; None: neither.
+        likelihood: of the labels that are drawn; None: those of the data.
         kernel: which gradients.
         seed: of the labels.
     """
@@ -442,7 +441,7 @@ class ProjectedInverse(Inverse):
             damping = self.regularization[block]
             mean = float(kernel.diagonal().mean())
             # What rounding has left of eigenvalues that are zero is no eigenvalue.
-            rounding = torch.finfo(kernel.dtype).eps * mean
+            rounding = torch.finfo(kernel.dtype).eps * mean * len(kernel)
             identity = torch.eye(len(kernel), dtype=torch.float64, device=kernel.device)
             root, failed = torch.linalg.cholesky_ex(kernel.double() + damping * identity)
             if failed or root.diagonal().amin().square() <= rounding:
@@ -529,8 +528,17 @@ def _pieces(matrix: Matrix, size: int) -> Iterator[tuple[slice, slice]]:
             yield slice(i, min(i + height, matrix.d_out)), slice(j, min(j + width, matrix.d_in))
 
 
+def _at(factor: Factor, columns: slice) -> Factor:
+    """Some columns of the matrices: what is formed is to be no larger."""
+    if not factor.is_one_hot:
+        return Factor(factor.gradients, factor.inputs[..., columns])
+    here = (factor.inputs >= columns.start) & (factor.inputs < columns.stop)
+    places = torch.where(here, factor.inputs - columns.start, 0)
+    return Factor(factor.gradients * here[:, :, None, None], places)
+
+
 def _likelihood(problem: Problem, data: Data, kernel: KernelMode) -> Likelihood | None:
-    """The distribution whose labels are drawn, or whose margins are taken."""
+    """The distribution whose labels are drawn; None: none are."""
     if kernel is KernelMode.EMPIRICAL:
         return None
     batch = data.rows(slice(0, 3))
@@ -547,7 +555,7 @@ def _likelihood(problem: Problem, data: Data, kernel: KernelMode) -> Likelihood 
 def _margin(output: Any, y: Tree) -> Tensor:
     """``log(p / (1 - p))``, p the probability of the label (Park et al. 2023, section 3.4)."""
     z = the_tensor(output)
-    label = y[:, None]
+    label = y[:, None].clamp(min=0)
     others = z.scatter(1, label, -torch.inf).logsumexp(1)
-    margin: Tensor = (z.gather(1, label)[:, 0] - others).sum()
+    margin: Tensor = ((z.gather(1, label)[:, 0] - others) * (y >= 0)).sum()  # a label below zero is none
     return margin

@@ -66,9 +66,11 @@ def truncation(
             enough = sum(chosen.values()) > aim
         low, high = (middle, high) if enough else (low, middle)
     all_of_them = counts(largest * 2.0**-120)
-    chosen = counts(largest * 2.0 ** (low if aim < 1 else high))
-    if aim >= sum(all_of_them.values()):
-        chosen = all_of_them
+    chosen = counts(largest * 2.0**low)
+    if aim >= 1:  # a part of those that come next, all of which would be too many
+        more, chosen = min(chosen, all_of_them, key=lambda some: sum(some.values())), counts(largest * 2.0**high)
+        for name, k in more.items():
+            chosen[name] += min(k - chosen[name], int(aim) - sum(chosen.values()))
     kept = {name: orders[name][:k].sort().values for name, k in chosen.items()}
     dtype = next(iter(eigenvalues.values())).dtype
     of_the_rest = {name: c[chosen[name]].to(dtype)[None] for name, c in constants.items() if chosen[name] < len(c) - 1}
