@@ -47,6 +47,29 @@ def samples():
     return torch.randn(6, 3, generator=generator), torch.randint(0, 2, (6,), generator=generator)
 
 
+def test_batched_products_are_left_to_mkl_and_to_nothing_less_precise(monkeypatch):
+    now = torch.get_float32_matmul_precision
+    monkeypatch.setattr(machine, "_is_onednn_exact", lambda: True)
+    with machine.batched_products():
+        assert now() == "highest"
+    with float32_products(CPU):
+        assert now() == "medium"
+        with machine.batched_products():
+            assert now() == "highest"
+            assert precision_asked() == "highest"
+        assert now() == "medium"
+    assert now() == "highest"
+    for asked in ("high", "medium"):  # what the user has asked for stays
+        with float32_products(CPU, asked):
+            with machine.batched_products():
+                assert now() == asked
+            assert now() == asked
+    assert now() == "highest"
+    with pytest.raises(ZeroDivisionError), float32_products(CPU), machine.batched_products():
+        1 / 0  # noqa: B018
+    assert now() == "highest"
+
+
 def test_products_are_those_of_float32():
     """Also where "medium" is set: then it was found to be as exact."""
     generator = torch.Generator().manual_seed(0)

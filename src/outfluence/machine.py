@@ -83,25 +83,45 @@ def float32_products(device: torch.device | None, asked: str | None = None) -> I
     target = asked or before
     if target == "highest" and device is not None and device.type == "cpu" and _is_onednn_exact():
         target = "medium"
+    by_onednn = target != (asked or before)
     if not before or (_inside and asked is None) or (not _inside and target == before):
         yield
         return
     with _LOCK:
-        _inside.append((before, _of_backends()))
+        _inside.append((before, _of_backends(), by_onednn))
         torch.set_float32_matmul_precision(target)
     try:
         yield
     finally:
         with _LOCK:
-            was, of_backends = _inside.pop()
+            was, of_backends, _ = _inside.pop()
             if not _inside:  # the last of several threads: as it was before the first
                 torch.set_float32_matmul_precision(was)
                 for backend, precision in of_backends:
                     backend.fp32_precision = precision
 
 
-#: What was set before, for each that is inside of `float32_products`; the first entry before any was.
-_inside: list[tuple[str, list[tuple[Any, str]]]] = []
+@contextmanager
+def batched_products() -> Iterator[None]:
+    """Leave products to MKL, where `float32_products` asks oneDNN for them: such of many small matrices with one.
+
+    oneDNN copies the one for each of the others, and takes twice as long.
+    """
+    with _LOCK:
+        is_inside = bool(_inside) and all(by_onednn for *_, by_onednn in _inside)
+        if is_inside:
+            torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        with _LOCK:
+            if is_inside and _inside:
+                torch.set_float32_matmul_precision("medium")
+
+
+#: What was set before, for each that is inside of `float32_products`, the first entry before any was; and whether it
+#: is so that oneDNN computes them.
+_inside: list[tuple[str, list[tuple[Any, str]], bool]] = []
 _LOCK = threading.RLock()
 
 

@@ -28,7 +28,7 @@ from outfluence.errors import OutfluenceError, ProblemError
 from outfluence.factors import Factor, Matrix
 from outfluence.fingerprint import fingerprint
 from outfluence.layers import Layout, Recording, Structure, layout, look, record
-from outfluence.machine import KEPT_BYTES, new_memory
+from outfluence.machine import KEPT_BYTES, batched_products, new_memory
 from outfluence.modes import BlockMode
 from outfluence.rows import DenseRows, FactoredRows, GradientRows, check_finite, joined
 
@@ -201,7 +201,8 @@ class Problem:
             into: where they are written if none is factored, ``(n, P)``; None: new memory.
         """
         if not self.structure.units:
-            return DenseRows(self.block_gradients(x, y, self.names, into), self.sections)
+            with batched_products():  # as which functions that are not known to be layers are mapped over samples
+                return DenseRows(self.block_gradients(x, y, self.names, into), self.sections)
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
                 return self.gradients(_plain(x), _plain(y), compact)
