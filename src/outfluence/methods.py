@@ -245,7 +245,9 @@ class EkfacCgInfluence(InfluenceModel):
 
     Of all methods here the one that predicts retraining best. For many test samples at once it takes few passes over
     the data: the first search directions are their EK-FAC factors, and each sample uses those of all. `CgInfluence`
-    with an `EkfacPreconditioner` is the same with more to choose.
+    with an `EkfacPreconditioner` is the same with more to choose. EK-FAC helps most for few test samples and rough
+    tolerances; for hundreds at once, or a tight tolerance, ``CgInfluence(solve_simultaneously=True)`` without it may
+    need fewer products. `ProjectedInfluence` with the exact kernel comes near for less.
 
     Args:
         model: the trained model.
