@@ -179,6 +179,7 @@ def test_another_store_at_the_path_is_not_written_into(store):
     for action in (
         lambda: store.write("scores", (slice(0, 2), slice(0, 4)), np.zeros((2, 4), "f4")),
         lambda: store.leave_receipt("scores", 0, {}),
+        lambda: Store.reopened(store.path, store.id),
     ):
         with pytest.raises(StoreError, match="has been replaced by another store"):
             action()

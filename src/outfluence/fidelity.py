@@ -25,7 +25,7 @@ import xarray as xr
 
 from outfluence.contents import made_now
 from outfluence.data import Data, DataLike, to_numpy
-from outfluence.errors import DataError, NonFiniteError, StoreError
+from outfluence.errors import DataError, NonFiniteError
 from outfluence.estimates import Estimate, rank_correlations, ranks
 from outfluence.executors import DaskExecutor, Executor, SequentialExecutor, dask_executor
 from outfluence.fingerprint import fingerprint
@@ -345,10 +345,7 @@ class Retraining:
 
 def retrain_task(job: Retraining, task: int, attempt: int = 0) -> dict[str, Any]:  # noqa: ARG001
     """Train a model, and store its losses."""
-    assert job.store is not None
-    store = Store(job.store)
-    if store.id != job.store_id:
-        raise StoreError(f"{job.store} has been replaced by another store")
+    store = Store.reopened(job.store, job.store_id)
     finished = store.receipt("retrain", task)
     if finished is not None:
         return finished

@@ -198,10 +198,7 @@ def sum_task(
     attempt: int = 0,  # noqa: ARG001
 ) -> dict[str, Any]:
     """Add up a statistic over the samples of a task, or parts of the level before; leave the receipt."""
-    assert job.store is not None
-    store, stage = Store(job.store), pass_.levels[level]
-    if store.id != job.store_id:
-        raise StoreError(f"{job.store} has been replaced by another store")
+    store, stage = Store.reopened(job.store, job.store_id), pass_.levels[level]
     finished = store.receipt(stage.name, task)
     if finished is not None:
         return finished

@@ -436,7 +436,7 @@ class ProjectedInfluence(InfluenceModel):
 class EnsembleInfluence(InfluenceModel):
     """The mean of the scores of several influence models: of the same network trained from different seeds, say.
 
-    Predicts retraining better than any of them, as what depends on the seed averages out. `fit` fits all of them;
+    It predicts retraining better, as what depends on the seed averages out (docs/fidelity.md). `fit` fits all of them;
     training data is read once for the scores of all, and rows are those of all side by side. Blocks of model i are
     called ``i.BLOCK``; influence factors are those of all, one behind the other, over their number.
 
@@ -444,7 +444,7 @@ class EnsembleInfluence(InfluenceModel):
         models: fitted or not; they stay as they are. They may differ in everything but their floating type and device.
 
     Raises:
-        ProblemError: if there is none, or they share parameters.
+        ProblemError: if there is none, they share trainable parameters, or differ in floating type or device.
     """
 
     def __init__(self, models: Sequence[InfluenceModel]) -> None:

@@ -95,6 +95,19 @@ class Store:
         return f"Store({str(self.path)!r}, tasks done: {done})"
 
     @classmethod
+    def reopened(cls, path: Path | None, store_id: str) -> Store:
+        """The store that a job writes to.
+
+        Raises:
+            StoreError: if it is no longer there, or another one is.
+        """
+        assert path is not None
+        store = cls(path)
+        if store.id != store_id:
+            raise StoreError(f"{path} has been replaced by another store")
+        return store
+
+    @classmethod
     def find(cls, path: str | os.PathLike[str]) -> Store | None:
         """The store at a path, or None if the path is free.
 

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from outfluence.analysis import first_of
 from outfluence.assessment import assess
 from outfluence.data import to_numpy, tree_map
-from outfluence.errors import ClusterError, ConvergenceWarning, DataError, StoreError
+from outfluence.errors import ClusterError, ConvergenceWarning, DataError
 from outfluence.executors import KILLED, profile_worker
 from outfluence.influence import InfluenceModel
 from outfluence.jobs import (
@@ -106,10 +106,7 @@ def run_task(job: Job, stage: str, missing: Sequence[int], task: int, attempt: i
             other, so that its numbers are the same to the bit.
     """
     assert job.plan is not None
-    assert job.store is not None
-    store = Store(job.store)
-    if store.id != job.store_id:
-        raise StoreError(f"{job.store} has been replaced by another store")
+    store = Store.reopened(job.store, job.store_id)
     finished = store.receipt(stage, task)
     if finished is not None:  # a scheduler repeats a finished task if the worker that knew of it is lost
         return _summary(finished)
@@ -181,12 +178,9 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def assess_task(job: Job, task: int, attempt: int = 0) -> dict[str, Any]:  # noqa: ARG001
     """Assess the scores, and keep what was found as the receipt."""
-    assert job.store is not None
     assert job.test is not None
     assert job.train is not None
-    store = Store(job.store)
-    if store.id != job.store_id:
-        raise StoreError(f"{job.store} has been replaced by another store")
+    store = Store.reopened(job.store, job.store_id)
     finished = store.receipt(ASSESS, task)
     if finished is not None:
         return _summary(finished)

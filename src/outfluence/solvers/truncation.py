@@ -65,10 +65,9 @@ def truncation(
         else:
             enough = sum(chosen.values()) > aim
         low, high = (middle, high) if enough else (low, middle)
-    all_of_them = counts(largest * 2.0**-120)
     chosen = counts(largest * 2.0**low)
-    if aim >= 1:  # a part of those that come next, all of which would be too many
-        more, chosen = min(chosen, all_of_them, key=lambda some: sum(some.values())), counts(largest * 2.0**high)
+    if aim >= 1:  # of those that come next all would be too many: a part of them
+        more, chosen = chosen, counts(largest * 2.0**high)
         for name, k in more.items():
             chosen[name] += min(k - chosen[name], int(aim) - sum(chosen.values()))
     kept = {name: orders[name][:k].sort().values for name, k in chosen.items()}
