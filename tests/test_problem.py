@@ -16,7 +16,7 @@ from torch import nn
 
 import reference
 from cases import Nested, make_case
-from outfluence import BlockMode, DirectInfluence, EkfacInfluence, Problem
+from outfluence import BlockMode, DirectInfluence, EkfacInfluence, Problem, SequentialInfluenceCalculator
 from outfluence.data import Data, tree_leaves
 from outfluence.errors import NonFiniteError, ProblemError
 from outfluence.fingerprint import fingerprint
@@ -454,3 +454,13 @@ def test_attention_is_torchs_own_where_it_is_over_many_positions():
 
     assert kept(128) == 128**2
     assert kept(129) < 129**2
+
+
+def test_plans_count_attention_as_it_is_computed():
+    """Over many positions the weights of all pairs are kept only where gradients are differentiated again."""
+    model, x, y = Attending(True).double(), torch.randn(4, 150, 3).double(), torch.tensor([0, 1, 2, 0])
+    calculator = SequentialInfluenceCalculator(EkfacInfluence(model, True, 0.1).fit((x, y)))
+    once, twice = (
+        calculator.influences((x, y), (x, y), mode).plan.work.activation_bytes for mode in ("up", "perturbation")
+    )
+    assert once < 150**2 * 8 < twice

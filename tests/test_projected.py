@@ -228,3 +228,15 @@ def test_margins_are_of_classes(name):
     case = make_case(name)
     with pytest.raises(ProblemError, match="kernel='margin' is for cross entropy with one label a sample"):
         ProjectedInfluence(case.model, case.loss, 1.0, kernel="margin").fit(case.train)
+
+
+@pytest.mark.parametrize("projection", DENSE)
+@pytest.mark.parametrize("name", ["dict_inputs", "cnn"])
+def test_pieces_of_a_layer_are_its_own_columns(name, projection, monkeypatch):
+    """Of an embedding, too: places outside a piece add nothing to it."""
+    monkeypatch.setattr(projected, "_PIECE", 3)
+    case = make_case(name)
+    model = ProjectedInfluence(case.model, case.loss, LAMBDA, 12, projection, "empirical").fit(case.train)
+    gradients = reference.gradients(case.model, case.loss, *case.test)
+    rows = model.right_rows(model.gradient_rows(*case.test))
+    close(rows.coordinates, gradients @ matrix_of(model).T)
